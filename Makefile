@@ -1,0 +1,48 @@
+# `make demo` and `make test` each set up what they need in .venv, and reuse it.
+PYTHON ?= python3
+RUN ?= runs/demo
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+export HF_HUB_OFFLINE := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo test bench lint clean
+
+help:
+	@echo "make demo    pre-train on synthetic scenes, score on held-out ones, write $(RUN)/report.html"
+	@echo "make test    run the tests"
+	@echo "make bench   regenerate the tables under benchmarks/results"
+	@echo "make lint    check style"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# One process for each GPU; where there is none, two processes on the CPU that share its cores.
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+demo: export DS_ACCELERATOR := cpu
+demo: export OMP_NUM_THREADS := $(shell expr \( $$(nproc) + 1 \) / 2)
+demo: PROCESSES := --num_accelerators 2
+endif
+
+demo: $(INSTALLED)
+	$(BIN)/meter-fast data scenes $(RUN)/data
+	$(BIN)/deepspeed $(PROCESSES) --module meter_fast.train pretrain size=tiny data.root=$(RUN)/data run.dir=$(RUN)
+	$(BIN)/meter-fast report $(RUN)
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.pretrain_step
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs build *.egg-info

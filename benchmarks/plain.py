@@ -1,0 +1,44 @@
+"""Pre-training without any saving, as the paper writes it: two whole passes, logits everywhere, full last layers.
+
+The other side of every comparison, and the oracle of the tests of the exact savings.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meter_fast.data.batch import PretrainBatch
+from meter_fast.models.meter import Meter
+
+
+def plain_losses(model: Meter, batch: PretrainBatch) -> dict[str, Tensor]:
+    """MLM and ITM losses, float32 scalars, each mean over its own count."""
+    mask = batch.text_mask
+    image, text = model.encode_image(batch.images), model.encode_text(batch.masked_ids, mask)
+    logits = model.mlm_head(model.fuse(text, image, mask).text)
+    labels = torch.full_like(batch.text_ids, -100).flatten()
+    labels[batch.masked_rows] = batch.masked_labels
+    mlm = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100)
+    pictures = batch.images if batch.false_images is None else torch.cat([batch.images, batch.false_images])
+    image, text = model.encode_image(pictures[batch.itm_images]), model.encode_text(batch.text_ids, mask)
+    itm = F.cross_entropy(model.itm_head(model.fuse(text, image, mask).cls).float(), batch.itm_labels)
+    return {"mlm": mlm, "itm": itm}
+
+
+def pad_text(batch: PretrainBatch, length: int, pad_id: int) -> PretrainBatch:
+    """The same batch with texts padded to `length` tokens, as the published collator does."""
+    old = batch.text_ids.shape[1]
+
+    def wider(x: Tensor, value: int | bool) -> Tensor:
+        return F.pad(x, (0, length - old), value=value)
+
+    rows = batch.masked_rows // old * length + batch.masked_rows % old
+    return replace(
+        batch,
+        text_ids=wider(batch.text_ids, pad_id),
+        text_mask=wider(batch.text_mask, False),
+        masked_ids=wider(batch.masked_ids, pad_id),
+        masked_rows=rows,
+    )

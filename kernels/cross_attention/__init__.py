@@ -1,0 +1,1 @@
+"""Attention of the tokens of one side to the tokens of the other side."""

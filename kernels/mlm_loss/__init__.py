@@ -1,0 +1,1 @@
+"""Loss of masked language modelling over the masked rows."""

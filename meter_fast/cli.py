@@ -1,0 +1,175 @@
+"""The command `meter-fast`: draw data, train on one process, score, report, convert.
+
+Knows arguments and messages; each command is carried out elsewhere, and heavy libraries are loaded inside it, so that
+`--help` answers at once. A wrong argument ends with one line and exit code 2.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import meter_fast
+
+EXIT_WRONG_INPUT = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="meter-fast", description="Train METER vision-and-language transformers.")
+    top.add_argument("--version", action="version", version=f"meter-fast {meter_fast.__version__}")
+    top.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    data = commands.add_parser("data", help="make data").add_subparsers(dest="data", required=True, metavar="WHAT")
+    scenes = data.add_parser("scenes", help="draw synthetic scenes, as the files of all tasks")
+    scenes.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    for name, count in (("train", 20000), ("val", 500), ("test", 1000)):
+        scenes.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"pictures (default {count})")
+    scenes.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    scenes.set_defaults(run=data_scenes)
+
+    train = commands.add_parser("train", help="train in one process; on several: deepspeed --module meter_fast.train")
+    train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain")
+    train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example: size=tiny optim.lr=1e-4")
+    train.set_defaults(run=run_training)
+
+    evaluate = commands.add_parser("evaluate", help="loss and accuracy of a model on held-out pairs")
+    evaluate.add_argument(
+        "model", metavar="RUN_OR_EXPORT", type=Path, help="run directory, export folder or METER .ckpt"
+    )
+    evaluate.add_argument("task", choices=["pretrain"], metavar="TASK", help="pretrain")
+    evaluate.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA data.val_split=test"
+    )
+    evaluate.add_argument("--pairs", type=int, metavar="N", help="score N pairs (default: all)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
+    evaluate.set_defaults(run=evaluate_model)
+
+    report = commands.add_parser("report", help="write a run's report.html and report.json")
+    report.add_argument("model", metavar="RUN_DIR", type=Path)
+    report.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA")
+    report.add_argument("--split", default="test", choices=["val", "test"], help="default test")
+    report.add_argument("--pictures", type=int, default=500, metavar="N", help="score N pictures at most (default 500)")
+    report.set_defaults(run=report_run)
+
+    convert = commands.add_parser("convert", help="published METER checkpoint to export folder, or back")
+    convert.add_argument("source", metavar="SRC", type=Path, help=".ckpt file, or export folder or run directory")
+    convert.add_argument("out", metavar="OUT", type=Path, help="export folder, or .ckpt file")
+    convert.add_argument("--tokenizer", metavar="NAME", help="tokenizer to put beside the model (hub name or folder)")
+    for name in ("image-size", "text-heads", "fusion-heads"):
+        convert.add_argument(f"--{name}", type=int, metavar="N", help="where the file does not tell, or to change it")
+    convert.set_defaults(run=convert_model)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError) as error:
+        if arguments.traceback:
+            raise
+        print(f"meter-fast {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+
+
+def data_scenes(arguments: argparse.Namespace) -> None:
+    from meter_fast.data.scenes import write_scenes
+
+    counts = {"train": arguments.train, "val": arguments.val, "test": arguments.test}
+    written = write_scenes(arguments.out, seed=arguments.seed, **counts)
+    for name, rows in written.items():
+        print(f"  {name:<40} {rows:>8,} rows")
+
+
+def run_training(arguments: argparse.Namespace) -> int | None:
+    from meter_fast.recipes import resolve
+
+    command = [arguments.recipe, *arguments.settings]
+    resolve(command)  # a wrong setting is told before anything heavy is loaded
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+    import torch.distributed
+
+    from meter_fast.train import main as train
+
+    code = train(command)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
+
+
+def evaluate_model(arguments: argparse.Namespace) -> None:
+    from meter_fast.evaluate import evaluate_split
+
+    if arguments.pairs is not None and arguments.pairs < 2:
+        raise ValueError(f"--pairs {arguments.pairs}: give 2 or more")
+    scores = evaluate_split(arguments.model, arguments.task, arguments.settings, arguments.pairs)
+    for objective in ("mlm", "itm"):
+        if objective in scores:
+            row = scores[objective]
+            print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
+    print(f"split {scores['split']}, {scores['pairs']:,} pairs, skipped {scores['skipped'] or 'none'}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def report_run(arguments: argparse.Namespace) -> None:
+    from meter_fast.report import write_report
+
+    if arguments.pictures < 2:
+        raise ValueError(f"--pictures {arguments.pictures}: give 2 or more")
+    report = write_report(arguments.model, arguments.settings, arguments.split, max_pictures=arguments.pictures)
+    print_scores(report)
+    print(f"open {arguments.model / 'report.html'}")
+
+
+def print_scores(report: dict) -> None:
+    """Held-out scores as a table."""
+    print(
+        f"{'held out (' + report['split']['name'] + ')':<22}{'accuracy':>10}{'exchanged':>11}{'chance':>9}{'asked':>8}"
+    )
+    novel = report["scores"].get("novel", {})
+    for title, scores in (("", report["scores"]), ("unseen, ", novel)):
+        rows = {"ITM": scores["itm"]} if "itm" in scores else {}
+        rows.update(scores.get("mlm", {}))
+        for name, row in rows.items():
+            exchanged = f"{100 * row['shuffled']:.1f} %" if "shuffled" in row else ""
+            print(
+                f"{title + name:<22}{100 * row['accuracy']:>8.1f} %{exchanged:>11}{100 * row['chance']:>7.1f} %"
+                f"{row['count']:>8,}"
+            )
+
+
+def convert_model(arguments: argparse.Namespace) -> None:
+    from meter_fast.convert import to_checkpoint, to_export
+
+    if arguments.source.is_dir():
+        given = [name for name in ("tokenizer", "image_size", "text_heads", "fusion_heads") if vars(arguments)[name]]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} has no meaning where {arguments.source} is an export")
+        count = to_checkpoint(arguments.source, arguments.out)
+        print(f"{arguments.out}: {count} tensors under the published names")
+        return
+    report = to_export(
+        arguments.source,
+        arguments.out,
+        arguments.tokenizer,
+        arguments.image_size,
+        arguments.text_heads,
+        arguments.fusion_heads,
+    )
+    print(report)
+    print(f"{arguments.out}: open it with meter_fast.load({str(arguments.out)!r})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""The settings of a run: frozen dataclasses, overrides `key=value`, JSON in and out.
+
+Knows names, types and rules of all settings. Knows nothing of how any of them is used: no torch, no files but JSON
+text.
+
+A setting is addressed by its path, `optim.lr`. A value is read by the annotation of its field, so
+`optim.warmup=0.1` is a share of the run and `optim.warmup=500` a number of steps. An unknown key is an error that
+names the nearest one.
+"""
+
+import dataclasses
+import difflib
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from meter_fast.models.config import ModelConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, cannot be read or contradicts another; the text names key, value and remedy."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pairs come from and how they are prepared."""
+
+    root: str = "data"  # folder that the source names are looked up in
+    sources: tuple[str, ...] = ("coco", "vg", "sbu", "gcc")  # also "arrow:NAME[,NAME]" and "shards:PATTERN"
+    weights: tuple[float, ...] = ()  # share of each source in a batch; empty = plain concatenation, as published
+    val_sources: tuple[str, ...] = ()  # empty = no held-out evaluation
+    val_split: str = "val"
+    val_pairs: int = 512  # held-out pairs scored at each evaluation, the first ones of the split's fixed order
+    transform: Literal["clip", "imagenet"] = "clip"
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    tokenizer: str = "roberta-base"  # hub name, local folder, or "trained": learnt from the captions
+    max_text_length: int = 50  # tokens, specials included
+    workers: int = 2  # loader threads per process; 0 = prepare in the training thread
+    prefetch: int = 2  # optimizer steps prepared ahead
+    max_image_pixels: int = 89_478_485  # larger pictures are refused from their header (Pillow's own limit)
+    max_bad_share: float = 0.01  # stop when more samples than this could not be read
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """What the model is trained on."""
+
+    names: tuple[Literal["mlm", "itm"], ...] = ("mlm", "itm")
+    mlm_probability: float = 0.15
+    masking: Literal["token", "whole_word", "whole_word_published"] = "token"
+    itm_negatives: Literal["batch", "dataset"] = "batch"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW of the published runs, its parameter groups and schedule (published code, meter_utils.py:168-309)."""
+
+    lr: float = 1e-5
+    head_multiplier: float = 5.0  # learning rate of the task heads, relative to lr
+    cross_modal_multiplier: float = 5.0  # learning rate of the fusion layers, relative to lr
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    warmup: int | float = 0.1  # a share of the run (a number with a point) or a number of steps
+    decay_power: float | Literal["cosine"] = 1.0
+    end_lr: float = 0.0
+    clip: float = 0.0  # largest gradient norm; 0 = off, as published
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is spread over processes and memory."""
+
+    zero: Literal[0, 1, 2, 3] = 2
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    global_batch: int = 4096  # pairs of one optimizer step, over all processes and accumulation
+    micro_batch: int = 16  # pairs of one forward pass of one process
+    offload: Literal["none", "cpu"] = "none"  # cpu: master weights and moments in host memory (zero 2 and 3)
+    activation_checkpointing: bool = False
+    compile: bool = False
+    ds_config: str = ""  # a DeepSpeed JSON file in place of the one that zero and offload choose
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Length, rhythm and place of a run."""
+
+    dir: str = "runs/pretrain"
+    seed: int = 0
+    max_steps: int = 100_000
+    log_every: int = 10
+    eval_every: int = 0  # 0 = never
+    picture_every: int = 0  # held-out picture with the model's fills for TensorBoard; 0 = never
+    save_every: int = 1000
+    keep_last: int = 2
+    resume: str = "auto"  # auto | never | path of a checkpoint
+    init: str = ""  # weights to start from: an export folder, a published METER .ckpt, or a checkpoint
+    hang_seconds: int = 1800  # a step that takes longer dumps all stacks and ends the process
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+# ---------------------------------------------------------------------------------------------- dictionaries and JSON
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionary of plain values (tuples become lists), ready for JSON. Works for every dataclass here."""
+    return {
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for f in dataclasses.fields(config)
+        for value in [getattr(config, f.name)]
+    }
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """The dataclass `kind` from a nested dictionary as `to_dict` gives it. Left-out fields keep their defaults.
+
+    Raises ConfigError for an unknown field, a value of another type, or a missing field without a default."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or kind.__name__}: expected a table of settings, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in names:
+            raise _unknown(_join(path, key), [_join(path, name) for name in names])
+    made = {key: _coerce(hints[key], value, _join(path, key)) for key, value in values.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.name not in made and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing setting: {', '.join(_join(path, name) for name in missing)}")
+    try:
+        return kind(**made)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a rule of the dataclass itself
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def flatten(config: Any, path: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-05, ...}: every setting by its path, in the order of the fields."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value, key = getattr(config, f.name), _join(path, f.name)
+        flat.update(flatten(value, key) if dataclasses.is_dataclass(value) else {key: value})
+    return flat
+
+
+def override(config: T, assignments: Iterable[str]) -> T:
+    """A copy of `config` with `assignments` ("optim.lr=1e-4", ...) applied in order and the result checked as a whole.
+
+    Raises ConfigError for text without "=", an unknown key (naming the nearest one) or a value of another type."""
+    table = to_dict(config)
+    known = flatten(config)
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"{text!r}: settings are written key=value")
+        if key not in known:
+            raise _unknown(key, list(known))
+        *parents, last = key.split(".")
+        target, kind = table, type(config)
+        for parent in parents:
+            target, kind = target[parent], typing.get_type_hints(kind)[parent]
+        target[last] = _parse(typing.get_type_hints(kind)[last], value, key)
+    changed = from_dict(type(config), table)
+    if isinstance(changed, RunConfig):
+        check(changed)
+    return changed
+
+
+def describe(config: Any, width: int = 110) -> str:
+    """Every setting, a paragraph of `key=value` for each section."""
+    sections: dict[str, list[str]] = {}
+    for key, value in flatten(config).items():
+        head, _, rest = key.rpartition(".")
+        text = ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
+        sections.setdefault(head, []).append(f"{rest}={text}")
+    label = max(map(len, sections))
+    return "\n".join(
+        textwrap.fill(" ".join(parts), width, initial_indent=f"{head:<{label}}  ", subsequent_indent=" " * (label + 2),
+                      break_long_words=False, break_on_hyphens=False)
+        for head, parts in sections.items()
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- the rules
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError where one setting contradicts another or is out of its range."""
+    data, objectives, optim, engine, run = config.data, config.objectives, config.optim, config.engine, config.run
+    rules = [
+        (bool(data.sources), "data.sources", data.sources, "name at least one source"),
+        (not data.weights or len(data.weights) == len(data.sources), "data.weights", data.weights,
+         f"give one weight for each of the {len(data.sources)} sources, or none"),
+        (all(w > 0 for w in data.weights), "data.weights", data.weights, "weights are above 0"),
+        (data.max_text_length >= 3, "data.max_text_length", data.max_text_length, "at least 3 tokens"),
+        (data.workers >= 0, "data.workers", data.workers, "0 or more"),
+        (data.prefetch >= 1, "data.prefetch", data.prefetch, "1 or more"),
+        (data.val_pairs >= 2, "data.val_pairs", data.val_pairs, "2 or more"),
+        (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share between 0 and 1"),
+        (bool(objectives.names), "objectives.names", objectives.names, "name at least one of mlm, itm"),
+        (len(set(objectives.names)) == len(objectives.names), "objectives.names", objectives.names, "each once"),
+        (0 < objectives.mlm_probability < 1, "objectives.mlm_probability", objectives.mlm_probability,
+         "between 0 and 1"),
+        (math.isfinite(optim.lr) and optim.lr >= 0, "optim.lr", optim.lr, "0 or more"),
+        (all(0 <= b < 1 for b in optim.betas), "optim.betas", optim.betas, "between 0 and 1"),
+        (optim.warmup >= 0, "optim.warmup", optim.warmup, "a share or a number of steps, 0 or more"),
+        (isinstance(optim.warmup, int) or optim.warmup < 1, "optim.warmup", optim.warmup,
+         "a number with a point is a share below 1; write a number of steps without a point"),
+        (optim.clip >= 0, "optim.clip", optim.clip, "0 (off) or more"),
+        (engine.global_batch >= 1, "engine.global_batch", engine.global_batch, "1 or more"),
+        (engine.micro_batch >= 1, "engine.micro_batch", engine.micro_batch, "1 or more"),
+        (objectives.itm_negatives != "batch" or "itm" not in objectives.names or engine.micro_batch % 2 == 0,
+         "engine.micro_batch", engine.micro_batch,
+         "must be even with objectives.itm_negatives=batch, where two pairs exchange their pictures"),
+        (engine.offload == "none" or engine.zero in (2, 3), "engine.offload", engine.offload,
+         f"needs engine.zero=2 or 3, not {engine.zero}"),
+        (not (engine.compile and engine.zero == 3), "engine.compile", engine.compile,
+         "torch.compile does not go with the parameter hooks of engine.zero=3; use 0, 1 or 2"),
+        (run.max_steps >= 1, "run.max_steps", run.max_steps, "1 or more"),
+        (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),
+        (run.save_every >= 1, "run.save_every", run.save_every, "1 or more"),
+        (run.keep_last >= 1, "run.keep_last", run.keep_last, "1 or more"),
+        (run.eval_every >= 0 and run.picture_every >= 0, "run.eval_every", run.eval_every, "0 (never) or more"),
+        (run.hang_seconds >= 1, "run.hang_seconds", run.hang_seconds, "1 or more"),
+        (bool(run.dir), "run.dir", run.dir, "name a folder"),
+    ]  # fmt: skip
+    for right, key, value, remedy in rules:
+        if not right:
+            raise ConfigError(f"{key}={value}: {remedy}")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _unknown(key: str, known: list[str]) -> ConfigError:
+    """The error for a key that is not there, with what was probably meant."""
+    last = key.rsplit(".", 1)[-1]
+    same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    by_name = {k.rsplit(".", 1)[-1]: k for k in known}
+    near = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)]
+    guess = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6) or near
+    hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(known)}"
+    return ConfigError(f"unknown setting {key!r}: {hint}")
+
+
+# --------------------------------------------------------------------------------------------------- values and types
+
+
+def _parse(kind: Any, text: str, key: str) -> Any:
+    """The value of type `kind` that `text` of a command line stands for."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        for choice in args:
+            if text == str(choice):
+                return choice
+        raise ConfigError(f"{key}={text}: one of {', '.join(str(a) for a in args)}")
+    if origin in (typing.Union, types.UnionType):
+        for option in sorted(args, key=lambda a: a is str):  # text fits everything: last
+            try:
+                return _parse(option, text, key)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{key}={text}: expected {_name(kind)}")
+    if origin is tuple:
+        parts = [part.strip() for part in text.split(",") if part.strip()] if text else []
+        kinds = [args[0]] * len(parts) if args[-1] is Ellipsis else list(args)
+        if len(parts) != len(kinds):
+            raise ConfigError(f"{key}={text}: expected {len(kinds)} values with commas between")
+        return [_parse(k, part, key) for k, part in zip(kinds, parts, strict=True)]
+    if kind is type(None):
+        if text.lower() == "none":
+            return None
+    elif kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif kind is str:
+        return text
+    elif kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass  # reported below, with the key
+    raise ConfigError(f"{key}={text}: expected {_name(kind)}")
+
+
+def _coerce(kind: Any, value: Any, key: str) -> Any:
+    """`value` as JSON gives it, checked against `kind`; lists become tuples and whole numbers floats where asked."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else from_dict(kind, value, key)
+    if origin is Literal and value in args:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in sorted(args, key=lambda a: a is not type(value)):
+            try:
+                return _coerce(option, value, key)
+            except ConfigError:
+                continue
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(value) == len(kinds):
+            return tuple(_coerce(k, v, key) for k, v in zip(kinds, value, strict=True))
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, str, bool, type(None)) and type(value) is kind:
+        return value
+    raise ConfigError(f"{key}={value!r}: expected {_name(kind)}")
+
+
+def _name(kind: Any) -> str:
+    """How a message calls the type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_name(a) for a in args)
+    if origin is tuple:
+        return f"a list of {_name(args[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}.get(
+        kind, str(kind)
+    )

@@ -1,0 +1,52 @@
+"""What a pre-training micro-batch holds.
+
+Knows the shapes and types that the loader fills and the objectives read. Knows nothing of files, models or devices
+beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and W pixels.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PretrainBatch:
+    """One micro-batch of (picture, caption) pairs for masked language modelling and image-text matching.
+
+    images         [B,3,H,W] float, normalised pixels of the captions' own pictures
+    text_ids       [B,L] int64, padded with the tokenizer's padding id; L is the batch's longest caption
+    text_mask      [B,L] bool, True on real tokens
+    masked_ids     [B,L] int64, `text_ids` with the MLM replacements made
+    masked_rows    [M] int64, the places to predict as rows of a [B*L] view, ascending; may be empty
+    masked_labels  [M] int64, the original ids at `masked_rows`
+    itm_labels     [B] int64, 1 where the pair of ITM matches, 0 where it does not
+    itm_images     [B] int64, the picture of each ITM pair: a row of `cat(images, false_images)`
+    false_images   [F,3,H,W] float, pictures that only ITM reads, or None when all negatives come from the batch
+    sample_ids     [B] int64, which samples these are, after the replacement of bad ones
+    """
+
+    images: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    masked_ids: Tensor
+    masked_rows: Tensor
+    masked_labels: Tensor
+    itm_labels: Tensor
+    itm_images: Tensor
+    false_images: Tensor | None
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        """B, the number of pairs."""
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PretrainBatch":
+        """The same batch on `device`; only pictures take `dtype`, ids and masks keep theirs."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+            moved[field.name] = value
+        return PretrainBatch(**moved)

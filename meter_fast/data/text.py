@@ -1,0 +1,112 @@
+"""Captions to token ids: checked, tokenised, masked, padded to the batch's longest.
+
+Knows one tokenizer and one way of masking; knows no files, no pictures and no order. Safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from meter_fast.data import masking as masks
+
+# More characters than this for each token that is kept are not looked at: a caption of 10 000 words costs what 1600
+# characters cost.
+CHARACTERS_PER_TOKEN = 32
+
+
+class BadCaption(ValueError):
+    """A caption that cannot be used. `cause` is counted: "empty caption", "not UTF-8"."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+        self.detail = detail
+
+
+def check_caption(text: str | bytes) -> str:
+    """The caption as valid Unicode. Raises BadCaption when it is not, or when it holds nothing visible."""
+    try:
+        if isinstance(text, str):
+            text.encode("utf-8")  # a lone surrogate, as from a broken JSON escape, is no text
+        else:
+            text = bytes(text).decode("utf-8")
+    except UnicodeError as error:
+        raise BadCaption("not UTF-8", str(error)[:120]) from None
+    if not any(character.isprintable() and not character.isspace() for character in text):
+        raise BadCaption("empty caption", f"{text[:20]!r} holds no visible character")
+    return text
+
+
+class TextPipeline:
+    """Tokenise, mask and pad the captions of one run.
+
+    max_length: longest text in tokens, special tokens included (METER: 50 for pre-training). masking: "token",
+    "whole_word_published" or "whole_word" (see masking.py). probability: share of tokens that are hidden.
+    Raises ValueError for an unknown masking, a probability outside 0..1 or a max_length below 3.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int = 50,
+        masking: str = "token",
+        probability: float = 0.15,
+    ) -> None:
+        if masking not in masks.KINDS:
+            raise ValueError(f"objectives.masking={masking!r}: choose one of {', '.join(masks.KINDS)}")
+        if not 0 <= probability <= 1:
+            raise ValueError(f"objectives.mlm_probability={probability}: give a number from 0 to 1")
+        if max_length < 3:
+            raise ValueError(
+                f"data.max_text_length={max_length}: a text has a first token, a last one and one between; "
+                "give at least 3"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.masking = masking
+        self.probability = probability
+        self.pad_id: int = tokenizer.pad_token_id
+        self.vocabulary = masks.read_vocabulary(tokenizer)
+        # A copy of our own: truncation and special tokens are settings of the object, which other users of the
+        # tokenizer must not see.
+        self._encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._encoder.no_padding()
+        self._encoder.enable_truncation(max_length)
+        self._encoder.encode_special_tokens = True  # "[MASK]" or "</s>" in a caption is text, not a token
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Checked captions -> token ids with the special tokens, at most max_length each, not padded."""
+        limit = CHARACTERS_PER_TOKEN * self.max_length
+        return [encoding.ids for encoding in self._encoder.encode_batch([text[:limit] for text in texts])]
+
+    def mask(self, ids: Sequence[int], generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Hide tokens of one text: ids [n] -> (masked ids [n], positions [m], labels [m] = ids[positions]), all int64.
+
+        A pure function of ids and the generator's state; m may be 0.
+        """
+        array = np.asarray(ids, dtype=np.int64)
+        if self.masking == "token":
+            positions = masks.choose_tokens(array, self.vocabulary, self.probability, generator)
+        elif self.masking == "whole_word":
+            positions = masks.choose_whole_words(array, self.vocabulary, self.probability, generator)
+        else:
+            positions = masks.choose_whole_words_published(
+                array, self.vocabulary, self.probability, self.max_length, generator
+            )
+        return masks.hide(array, positions, self.vocabulary, generator), positions, array[positions]
+
+    def pad(self, ids: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts -> (ids [B,L] int64, filled up with the tokenizer's padding id; mask [B,L] bool, True on text).
+
+        L = the batch's longest.
+        """
+        lengths = np.array([len(text) for text in ids])
+        real = np.arange(lengths.max()) < lengths[:, None]
+        padded = np.full(real.shape, self.pad_id, dtype=np.int64)
+        padded[real] = np.concatenate(ids)
+        return torch.from_numpy(padded), torch.from_numpy(real)

@@ -1,0 +1,148 @@
+"""The training objectives on held-out pairs: loss and accuracy of a model over a split, on any number of ranks.
+
+Knows objectives, loaders and where a model's settings lie. What single words and captions tell is in `score`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import meter_fast
+from meter_fast.config import DataConfig, RunConfig, from_dict, override
+from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.images import image_transform, open_backend
+from meter_fast.data.loader import EvaluationLoader
+from meter_fast.data.sources import PUBLISHED, open_sources
+from meter_fast.data.text import TextPipeline
+from meter_fast.data.tokenizer import load_tokenizer
+from meter_fast.models.files import read_json
+from meter_fast.models.meter import Meter
+from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.recipes import resolve
+
+
+@torch.inference_mode()
+def evaluate_pretraining(
+    model: nn.Module,
+    batches: Iterable[PretrainBatch],
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+) -> dict[str, dict[str, float]]:
+    """Mean loss and accuracy of each objective over a split: {"mlm": {"loss", "accuracy", "count"}, "itm": {...}}.
+
+    model: a `Pretraining`, put in eval mode meanwhile. batches: this rank's share, as many as every other rank has (an
+    `EvaluationLoader`). Sums are added over the ranks, so all ranks return the same numbers: MLM averages over all
+    masked tokens of the split, ITM over all its pairs. Raises ValueError for no batch.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    try:
+        for batch in batches:
+            losses = model(batch.to(device, dtype))
+            for name, (correct, count) in losses.metrics.items():
+                row = torch.stack([losses.parts[name].double() * count, correct.double(), count.double()])
+                sums[name] = sums.get(name, 0) + row
+    finally:
+        model.train(was_training)
+    if not sums:
+        raise ValueError("evaluation: the held-out split gave no batch")
+    return {name: _means(_over_ranks(row)) for name, row in sums.items()}
+
+
+def _over_ranks(row: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(row)
+    return row
+
+
+def _means(row: Tensor) -> dict[str, float]:
+    loss, correct, count = row.tolist()
+    return {"loss": loss / max(count, 1.0), "accuracy": correct / max(count, 1.0), "count": int(count)}
+
+
+def evaluate_split(
+    model_path: str | Path, task: str, settings: Sequence[str] = (), pairs: int | None = None, device: str | None = None
+) -> dict:
+    """Score the model at `model_path` (run directory, export folder or METER .ckpt) on held-out pairs, on one process.
+
+    task: "pretrain". settings: "data.root=FOLDER" and the like, over the run's own or, for a model without a run, over
+    the recipe's; `held_out_names` says what is scored, of data.val_split. pairs: at most so many.
+    Returns `evaluate_pretraining`'s scores and {"split", "pairs", "skipped"}. Raises ValueError where something is
+    missing or does not fit.
+    """
+    path = Path(model_path)
+    model = meter_fast.load(path)
+    config = override(_settings_of(path, task), settings)
+    data, objectives = config.data, config.objectives
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    transform = image_transform(data.transform, model.config.vision.image_size)
+    tokenizer = load_tokenizer(tokenizer_of(path, data.tokenizer))
+    check_vocabulary(model, tokenizer)
+    length = min(data.max_text_length, model.config.text.max_length)
+    text = TextPipeline(tokenizer, length, objectives.masking, objectives.mlm_probability)
+    names, said = held_out_names(data, data.val_split)
+    sources = open_sources(names, data.root, data.val_split)
+    backend = open_backend(data.backend, transform, device, torch.float32, max_batch=config.engine.micro_batch)
+    try:
+        loader = EvaluationLoader(
+            sources,
+            text,
+            backend,
+            batch_size=config.engine.micro_batch,
+            limit=pairs,
+            seed=config.run.seed,
+            workers=data.workers,
+            max_bad_share=data.max_bad_share,
+            max_image_pixels=data.max_image_pixels,
+        )
+        scores = evaluate_pretraining(Pretraining(model.to(device), objectives.names), loader, device)
+    finally:
+        backend.close()
+    count = len(sources) if pairs is None else min(pairs, len(sources))
+    return {**scores, "split": said, "pairs": count, "skipped": dict(loader.skipped)}
+
+
+def held_out_names(data: DataConfig, split: str) -> tuple[tuple[str, ...], str]:
+    """The sources to score on, and how to call them: data.val_sources; without them those of data.sources that have a
+    `split` besides training ("coco", "f30k"). Raises ValueError where nothing is left: tables and shards are training
+    data."""
+    names = data.val_sources or parted(data, split)
+    if not names or (not data.val_sources and split == "train"):
+        raise ValueError(
+            f"data.sources={','.join(data.sources)} has no {split} split that was kept from training: name held-out "
+            "data, for example data.val_sources=arrow:TABLE"
+        )
+    return names, split if all(name in PUBLISHED for name in names) else ", ".join(names)
+
+
+def parted(data: DataConfig, split: str) -> tuple[str, ...]:
+    """Those of data.sources that are data sets with a `split`."""
+    return tuple(name for name in data.sources if split in PUBLISHED.get(name, {}))
+
+
+def _settings_of(path: Path, task: str) -> RunConfig:
+    """The resolved recipe of a run directory; for anything else the task's recipe."""
+    if (path / "run.json").is_file():
+        return from_dict(RunConfig, read_json(path / "config.json"))
+    return resolve([task])
+
+
+def tokenizer_of(path: Path, name: str) -> str:
+    """The tokenizer folder that lies with a model, else `name`."""
+    for folder in (path / "tokenizer", path / "export" / "tokenizer"):
+        if folder.is_dir():
+            return str(folder)
+    return name
+
+
+def check_vocabulary(model: Meter, tokenizer) -> None:
+    """Raise ValueError when the tokenizer has more tokens than the model: its ids would not be the model's."""
+    if len(tokenizer) > model.config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.text.vocab_size}: "
+            "name the tokenizer that the model was trained with (data.tokenizer=FOLDER)"
+        )

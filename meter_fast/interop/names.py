@@ -1,0 +1,79 @@
+"""Our parameter names and those of the published METER code. Knows strings only.
+
+Where we keep several matrices in one (query, key, value), one of our names stands for several of theirs, stacked
+along the first dimension in the order given.
+"""
+
+from meter_fast.models.clip_names import to_openai
+
+VISION = "vit_model.visual."
+TEXT = "text_transformer."
+
+FUSION_TOP = {
+    "text_projection": "cross_modal_text_transform",
+    "image_projection": "cross_modal_image_transform",
+    "token_types": "token_type_embeddings",
+    "text_pooler.dense": "cross_modal_text_pooler.dense",
+    "image_pooler.dense": "cross_modal_image_pooler.dense",
+}
+FUSION_BLOCK = {
+    "self_attention.query_key_value": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "self_attention.out": ("attention.output.dense",),
+    "self_attention.norm": ("attention.output.LayerNorm",),
+    "cross_attention.query": ("crossattention.self.query",),
+    "cross_attention.key_value": ("crossattention.self.key", "crossattention.self.value"),
+    "cross_attention.out": ("crossattention.output.dense",),
+    "cross_attention.norm": ("crossattention.output.LayerNorm",),
+    "feed_forward.up": ("intermediate.dense",),
+    "feed_forward.down": ("output.dense",),
+    "feed_forward.norm": ("output.LayerNorm",),
+}
+HEADS = {
+    "mlm_head.dense.weight": "mlm_score.transform.dense.weight",
+    "mlm_head.dense.bias": "mlm_score.transform.dense.bias",
+    "mlm_head.norm.weight": "mlm_score.transform.LayerNorm.weight",
+    "mlm_head.norm.bias": "mlm_score.transform.LayerNorm.bias",
+    "mlm_head.decoder.weight": "mlm_score.decoder.weight",
+    "mlm_head.decoder.bias": "mlm_score.bias",
+    "itm_head.weight": "itm_score.fc.weight",
+    "itm_head.bias": "itm_score.fc.bias",
+}
+
+
+def original_names(name: str) -> tuple[str, ...]:
+    """Published names of one of our parameters, in the order in which they are stacked. A leading "model." is allowed.
+
+    Raises ValueError if the model has no such parameter.
+    """
+    name = name.removeprefix("model.")
+    top, _, rest = name.partition(".")
+    found: tuple[str, ...] = ()
+    if top == "vision" and to_openai(rest) is not None:
+        found = (VISION + to_openai(rest),)
+    elif top == "text":
+        found = (TEXT + rest,)
+    elif top == "fusion":
+        found = _fusion_names(rest)
+    elif name in HEADS:
+        found = (HEADS[name],)
+    if not found:
+        raise ValueError(f"{name!r} is no parameter of a METER model with a CLIP vision encoder")
+    return found
+
+
+def original_name(name: str) -> str:
+    """The published name of one of our parameters (the first, where it stands for several of the same kind).
+
+    METER decides parameter groups by substrings of this name. Raises ValueError as `original_names` does.
+    """
+    return original_names(name)[0]
+
+
+def _fusion_names(rest: str) -> tuple[str, ...]:
+    module, _, kind = rest.rpartition(".")
+    if module in FUSION_TOP:
+        return (f"{FUSION_TOP[module]}.{kind}",)
+    parts = module.split(".", 3)
+    if len(parts) == 4 and parts[0] == "layers" and parts[2] in ("text", "image") and parts[3] in FUSION_BLOCK:
+        return tuple(f"cross_modal_{parts[2]}_layers.{parts[1]}.{inner}.{kind}" for inner in FUSION_BLOCK[parts[3]])
+    return ()

@@ -1,0 +1,139 @@
+"""What a model is made of: frozen dataclasses of plain values. Knows no tensors, no files and no training.
+
+Numbers of `base()` are those of the published METER-CLIP16-RoBERTa (paper, section 4.1; METER `config.py`).
+"""
+
+from dataclasses import dataclass, field
+
+
+def _check_heads(what: str, width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"{what}.width={width} is not a multiple of {what}.heads={heads}: choose heads that divide the width"
+        )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision encoder. `layers` counts the blocks built: published models use those of a CLIP file less the last.
+
+    weights: None (random), a local file (OpenAI CLIP archive, state dict or safetensors), or the name of a timm model.
+    position_std: of the position table if it starts at random. 0.02 is timm's; large patches drown that out (their
+    embeddings start near 1), and where things are is then learned late.
+    """
+
+    name: str = "clip_vit"
+    width: int = 768
+    layers: int = 11
+    heads: int = 12
+    patch_size: int = 16
+    image_size: int = 288
+    weights: str | None = None
+    position_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check_heads("vision", self.width, self.heads)
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise ValueError(
+                f"vision.image_size={self.image_size} is not a multiple of vision.patch_size={self.patch_size}: "
+                f"use {max(1, self.image_size // self.patch_size) * self.patch_size}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """V: patches and the class token."""
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text encoder, "roberta" or "bert". `dropout` is on hidden states and on attention probabilities.
+
+    max_positions is the number of rows of the position table: RoBERTa uses those from pad_id + 1 on.
+    weights: None (random), a local folder or file as Hugging Face writes them, or the name of a hub model.
+    """
+
+    name: str = "roberta"
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    vocab_size: int = 50265
+    max_positions: int = 514
+    token_types: int = 1
+    eps: float = 1e-5
+    dropout: float = 0.1
+    pad_id: int = 1
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_heads("text", self.width, self.heads)
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f"text.pad_id={self.pad_id} is outside the vocabulary of {self.vocab_size} tokens")
+        if self.max_length < 1:
+            raise ValueError(f"text.max_positions={self.max_positions} leaves no position for a token: use 64 or more")
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a text may have."""
+        return self.max_positions - (self.pad_id + 1 if self.name == "roberta" else 0)
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Co-attention: pairs of fusion layers, feed-forward 4 x width, LayerNorm eps 1e-12.
+
+    token_types: rows of the table added before the first layer: text, image (and a second image for NLVR2).
+    """
+
+    width: int = 768
+    layers: int = 6
+    heads: int = 12
+    dropout: float = 0.1
+    token_types: int = 2
+
+    def __post_init__(self) -> None:
+        _check_heads("fusion", self.width, self.heads)
+        if self.layers < 1:
+            raise ValueError(f"fusion.layers={self.layers}: at least one fusion layer is needed")
+        if self.token_types < 2:
+            raise ValueError(f"fusion.token_types={self.token_types}: at least 2 are needed, text and image")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model; `mlm_head` and `itm_head` say which pre-training heads it has.
+
+    init_std: of the matrices and embeddings that start at random; 0.02 as published, which suits a width of 768. Narrow
+    models learn sooner with more: signals then keep their size through the layers.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    mlm_head: bool = True
+    itm_head: bool = True
+    init_std: float = 0.02
+
+
+def base() -> ModelConfig:
+    """CLIP ViT-B/16 at 288 px, roberta-base, 6 fusion layers: the published model, 358 M parameters."""
+    return ModelConfig()
+
+
+def tiny(vocab_size: int = 1024) -> ModelConfig:
+    """2 M parameters, which a CPU trains in minutes on scenes of 96 px: one patch for each cell of their grid."""
+    return ModelConfig(
+        vision=VisionConfig(width=128, layers=3, heads=2, patch_size=32, image_size=96, position_std=0.5),
+        text=TextConfig(
+            name="bert", width=128, layers=1, heads=4, ffn=512, vocab_size=vocab_size, max_positions=64, token_types=2,
+            eps=1e-12, dropout=0.0, pad_id=0,
+        ),
+        fusion=FusionConfig(width=128, layers=2, heads=4, dropout=0.0),
+        init_std=0.05,
+    )  # fmt: skip

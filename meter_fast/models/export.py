@@ -1,0 +1,94 @@
+"""A trained model as a folder that needs neither DeepSpeed nor the code that trained it. Knows models and files, no
+runs.
+
+FOLDER/model.safetensors   weights, our names
+FOLDER/config.json         {"format": "meter-fast", "version": 1, "model": {...}}
+FOLDER/tokenizer/          the tokenizer's files, as transformers writes them
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meter_fast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
+from meter_fast.models.files import read_json, read_tensors
+from meter_fast.models.meter import Meter
+from meter_fast.models.weights import copy_into
+
+FORMAT, VERSION = "meter-fast", 1
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+
+
+def save_export(
+    model: Meter, folder: str | Path, tokenizer_folder: str | Path | None, state: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Writes the folder, complete or not at all; one that is there already is replaced. Returns its path.
+
+    state: values to write in place of the model's own (the master weights of a ZeRO run), by our names, all of them.
+    tokenizer_folder: its files are copied; None leaves the tokenizer out. Raises ValueError for a folder that is not
+    there or a state that is not the model's.
+    """
+    folder = Path(folder)
+    if tokenizer_folder is not None and not Path(tokenizer_folder).is_dir():
+        raise ValueError(
+            f"tokenizer folder {tokenizer_folder} does not exist: give the folder that the run's tokenizer is in"
+        )
+    own = model.state_dict()
+    if state is not None and set(state) != set(own):
+        raise ValueError(f"the state to export is not that of the model: {sorted(set(state) ^ set(own))[:4]} differ")
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in (state or own).items()}
+    save_file(tensors, hidden / WEIGHTS, metadata={"format": "pt"})
+    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(_without_sources(model.config))}
+    (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    if tokenizer_folder is not None:
+        shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
+    if folder.exists():
+        shutil.rmtree(folder)
+    hidden.rename(folder)
+    return folder
+
+
+def load_export(folder: str | Path) -> Meter:
+    """The model of an exported folder, float32 on the CPU, in evaluation mode. Raises ValueError if it does not fit."""
+    folder = Path(folder)
+    description = read_json(folder / CONFIG)
+    if description.get("format") != FORMAT:
+        raise ValueError(f'{folder / CONFIG} is not that of a meter-fast model: it has no "format": "{FORMAT}"')
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"{folder / CONFIG} has version {description.get('version')}, this program reads version {VERSION}"
+        )
+    model = Meter(_read_config(description.get("model"), folder / CONFIG), load_weights=False)
+    copy_into(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    return model.eval()
+
+
+def _without_sources(config: ModelConfig) -> ModelConfig:
+    """The configuration without the files that the encoders once started from."""
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, weights=None),
+        text=dataclasses.replace(config.text, weights=None),
+    )
+
+
+def _read_config(values: object, where: Path) -> ModelConfig:
+    try:
+        parts = dict(values)
+        vision, text, fusion = (
+            VisionConfig(**parts.pop("vision")),
+            TextConfig(**parts.pop("text")),
+            FusionConfig(**parts.pop("fusion")),
+        )
+        return ModelConfig(vision, text, fusion, **parts)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f'{where}: its "model" is not a configuration that this version knows ({error})') from error

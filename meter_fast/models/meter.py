@@ -1,0 +1,105 @@
+"""METER assembled: two encoders, co-attention, heads. Knows no batch, no loss, no optimizer.
+
+Shape letters: B pairs, N distinct pictures, L text tokens, V image tokens, D fusion width, S vocabulary, M masked rows.
+Source: Dou et al. 2022, "An Empirical Study of Training End-to-End Vision-and-Language Transformers", section 3.
+"""
+
+from torch import Tensor, nn
+
+from meter_fast.kernels.cross_attention.reference import is_fused
+from meter_fast.models.co_attention import CoAttention, Fused, Need, Part
+from meter_fast.models.config import ModelConfig
+from meter_fast.models.heads import ItmHead, MlmHead, init_new_weights
+from meter_fast.models.text import build_text, set_text_checkpointing
+from meter_fast.models.vision import build_vision
+from meter_fast.models.weights import WeightsReport, load_text_weights, load_vision_weights
+
+__all__ = ["Fused", "Meter", "Need", "Part"]
+
+
+class Meter(nn.Module):
+    """The model. Every parameter is used inside the forward of its own module, so that ZeRO-3 may partition it.
+
+    config.vision.weights and config.text.weights are loaded unless `load_weights` is False; what was read, left out or
+    resized stands in `weight_reports`. Raises ValueError where a file does not fit.
+    """
+
+    def __init__(self, config: ModelConfig, load_weights: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = build_vision(config.vision)
+        self.text = build_text(config.text)
+        self.fusion = CoAttention(config.fusion, config.text.width, config.vision.width)
+        self.mlm_head = MlmHead(config.fusion.width, config.text.vocab_size) if config.mlm_head else None
+        self.itm_head = ItmHead(config.fusion.width) if config.itm_head else None
+        for module in (self.fusion, self.mlm_head, self.itm_head):
+            if module is not None:
+                init_new_weights(module, config.init_std)
+        for encoder, given in ((self.vision, config.vision.weights), (self.text, config.text.weights)):
+            if given is None:
+                init_new_weights(encoder, config.init_std)
+        self.weight_reports: list[WeightsReport] = []
+        if load_weights and config.vision.weights is not None:
+            self.weight_reports.append(load_vision_weights(self.vision, config.vision))
+        if load_weights and config.text.weights is not None:
+            self.weight_reports.append(load_text_weights(self.text, config.text))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [N,3,H,W] normalised, in the model's dtype -> [N,V,D_vision], class token first."""
+        return self.vision(images)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids [B,L] int64, mask [B,L] bool (True: a token) -> [B,L,D_text]. Raises ValueError if L exceeds the
+        positions."""
+        if ids.shape[1] > self.config.text.max_length:
+            raise ValueError(
+                f"a text of {ids.shape[1]} tokens exceeds the {self.config.text.max_length} that text.max_positions="
+                f"{self.config.text.max_positions} allows: lower data.max_text_length or raise model.text.max_positions"
+            )
+        return self.text(input_ids=ids, attention_mask=mask[:, None, None, :]).last_hidden_state
+
+    def fuse(
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_mask: Tensor,
+        image_type: int = 1,
+        need: Need = Need.ALL,
+        attention: bool = False,
+    ) -> Fused:
+        """text [B,L,D_text], image [B,V,D_vision], text_mask [B,L] bool -> the rows that `need` names.
+
+        image_type: row of the token types added to the image (2: the second picture of NLVR2). attention: also return
+        each layer's weights from text to image [B,H,L,V] float32, for pictures.
+        """
+        if text.shape[0] != image.shape[0]:
+            raise ValueError(f"{text.shape[0]} texts and {image.shape[0]} pictures: give one picture for each text")
+        part = Part(need, text.shape[0])
+        return self.fusion(text, image, text_mask, (part,), image_type, attention)[0]
+
+    def fuse_parts(
+        self, text: Tensor, image: Tensor, text_mask: Tensor, parts: tuple[Part, ...], image_type: int = 1
+    ) -> tuple[Fused, ...]:
+        """Several `fuse` at once over shared pictures: the same results, with less work.
+
+        text [P,L,D_text] and text_mask [P,L] hold the parts' texts one after the other (P = sum of their pairs), image
+        [N,V,D_vision] each picture once. With dropout on, parts share the mask of what is computed once per picture.
+        """
+        return self.fusion(text, image, text_mask, parts, image_type)
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Trades memory for time: keep only each block's input and compute the block again in backward."""
+        self.vision.set_grad_checkpointing(on)
+        set_text_checkpointing(self.text, on)
+        self.fusion.activation_checkpointing = on
+
+    def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
+        """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's) or "plain"."""
+        texts, images = text_length, self.config.vision.tokens
+        sizes = {
+            "vision": (images, images),
+            "text": (texts, texts),
+            "fusion, text to image": (texts, images),
+            "fusion, image to image": (images, images),
+        }
+        return {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}

@@ -1,0 +1,335 @@
+"""Train a model: `deepspeed --module meter_fast.train RECIPE key=value ...`.
+
+    deepspeed --module meter_fast.train pretrain size=base data.root=DATA run.dir=runs/base
+    deepspeed --num_gpus 2 --no_local_rank --module meter_fast.train pretrain size=tiny data.root=SCENES
+
+Puts the rooms together; the loop is `fit`. Exit codes: 0 done; 75 asked to stop (SIGTERM, SIGINT, SIGHUP) and
+saved, the same command goes on; 2 wrong settings, data or files; 1 anything else.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from meter_fast.config import ConfigError, RunConfig, describe, to_dict
+from meter_fast.data.batch import PretrainBatch
+from meter_fast.evaluate import evaluate_pretraining
+from meter_fast.interop import original_name
+from meter_fast.models.meter import Meter
+from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.recipes import resolve
+from meter_fast.score import glimpse
+from meter_fast.training import banner, checkpoint, world
+from meter_fast.training.engine import DTYPES, Engine, accumulation
+from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, expect_progress, no_watchdog
+from meter_fast.training.monitor import Monitor
+from meter_fast.training.pairs import Pairs, fit_vocabulary, open_pairs, open_tokenizer, open_training_sources
+from meter_fast.training.progress import Interval, News, exchange
+from meter_fast.training.record import StepRecord
+from meter_fast.training.resume import (
+    Start,
+    checkpoints_of,
+    describe_run,
+    expected_bytes,
+    export,
+    find_start,
+    load_weights,
+    restore,
+    save,
+)
+from meter_fast.training.unreached import freeze_unreached
+from meter_fast.training.world import StoppedTogether, World
+
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient of a step is NaN or infinite; the text names step, processes and samples."""
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    config: RunConfig
+    world: World
+    engine: Engine
+    pairs: Pairs
+    monitor: Monitor
+    start: Start
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return checkpoints_of(self.config.run.dir)
+
+    def skipped(self) -> dict[str, int]:
+        """Samples replaced since the run began, over all processes and resumptions, by cause. Collective."""
+        counts = self.world.share(dict(self.pairs.loader.skipped))
+        return dict(sum(map(Counter, counts), Counter(self.start.skipped)))
+
+
+def fit(run: Run) -> int:
+    """The training loop. Returns the exit code.
+
+    Processes speak to each other once a step, here at its start: how many tokens of the coming step are masked,
+    what the step before gave, whether anyone has failed or been asked to stop. So all log, save and stop at the
+    same step.
+    """
+    options, begin = run.config.run, run.start.step
+    record: StepRecord | None = None
+    interval = Interval(run.engine.objectives, run.pairs.loader)
+    with contextlib.closing(run.pairs.loader.steps(begin, options.max_steps)) as steps:
+        for step in range(begin, options.max_steps + 1):
+            expect_progress(options.hang_seconds)
+            batches, failure = fetch(steps) if step < options.max_steps else ([], None)
+            news = exchange(run.world, run.engine.objectives, batches, record, run.stop.pending(), failure is not None)
+            if record is not None:
+                stop_if_not_finite(run, record, news)
+                report(run, interval, record, news, step)
+            last = step == options.max_steps
+            if record is not None:
+                keep(run, step, last or news.stop or news.failed)
+            if failure is not None:
+                raise failure
+            if news.failed:
+                raise StoppedTogether("another process failed to read its data")
+            if last:
+                break
+            if news.stop:
+                run.monitor.message(f"stopped after step {step} ({run.stop.reason or 'another process was asked'}); "
+                                    f"the same command goes on from here")  # fmt: skip
+                return EXIT_INTERRUPTED
+            record = run.engine.step(step, batches, news.masked)
+    finish(run)
+    return EXIT_DONE
+
+
+def fetch(steps: Iterator[list[PretrainBatch]]) -> tuple[list[PretrainBatch], ValueError | OSError | None]:
+    """The next step's micro-batches, or what went wrong: the others have to hear of it first."""
+    try:
+        return next(steps), None
+    except (ValueError, OSError) as error:
+        return [], error
+
+
+def stop_if_not_finite(run: Run, record: StepRecord, news: News) -> None:
+    """All processes raise NotFinite together if any of them had a loss or gradient that is not a number."""
+    if not news.not_finite:
+        return
+    numbers = record.read()
+    mine = [
+        {
+            "rank": run.world.rank,
+            "micro_batch": i,
+            "losses": repr(record.losses(i)),
+            "samples": record.sample_ids[i].tolist(),
+        }
+        for i in numbers.bad
+    ]
+    found = [entry for entries in run.world.share(mine) for entry in entries]
+    what = (
+        f"the loss of step {record.step} is not finite"
+        if found
+        else f"the gradient of step {record.step} is not finite"
+    )
+    lines = [
+        f"  rank {e['rank']}, micro-batch {e['micro_batch']}: {e['losses']}, samples {e['samples']}" for e in found
+    ]
+    if not found:
+        samples = run.world.share([ids.tolist() for ids in record.sample_ids])
+        lines = [f"  rank {rank}: samples {ids}" for rank, ids in enumerate(samples)]
+    if run.world.is_main:
+        path = Path(run.config.run.dir) / f"not-finite-step-{record.step}.json"
+        path.write_text(json.dumps({"step": record.step, "found": lines}, indent=1))
+        lines.append(f"  written to {path}; no checkpoint was made of this step")
+    raise NotFinite("\n".join([what, *lines]))
+
+
+def report(run: Run, interval: Interval, record: StepRecord, news: News, step: int) -> None:
+    """Add a step to the interval and, at its end, show the interval's means."""
+    interval.add(news)
+    options = run.config.run
+    if step % options.log_every == 0 or step == options.max_steps or step == 1:
+        skipped = run.skipped()
+        shown = interval.close(run.engine.accumulation * run.world.size)
+        run.monitor.step(
+            step, shown.losses, shown.accuracies, record.rates, news.grad_norm, shown.data_wait_share, skipped
+        )
+
+
+def keep(run: Run, step: int, must_save: bool) -> None:
+    """Evaluate, show a picture and save where `step` says so; `must_save` in any case."""
+    options = run.config.run
+    with run.monitor.pause():
+        look(run, step)
+        due = options.eval_every and (step % options.eval_every == 0 or step == options.max_steps)
+        score = evaluate(run, step) if due and run.pairs.validation is not None else None
+        best = score is not None and run.world.together(lambda: score < checkpoint.best(run.checkpoints)[1])
+        if not (must_save or best or step % options.save_every == 0):
+            return
+        expect_progress(options.hang_seconds)
+        description = describe_run(run.config, run.world, run.pairs.identity())
+        path = save(run.engine.state, run.world, run.checkpoints, step, {**description, "skipped": run.skipped()})
+        if best:
+            folder = Path(options.dir) / "best"
+            export(run.engine.state, run.world, run.config.model, folder, run.pairs.tokenizer_folder)
+            run.world.together(lambda: checkpoint.mark_best(run.checkpoints, step, score))
+        if run.world.is_main:
+            for line in checkpoint.prune(run.checkpoints, options.keep_last):
+                run.monitor.message(f"warning: {line}")
+            run.monitor.message(f"saved {path}" + (", the best so far" if best else ""))
+
+
+def evaluate(run: Run, step: int) -> float:
+    """Score the held-out pairs: the sum of the objectives' losses, lower is better."""
+    expect_progress(run.config.run.hang_seconds)
+    scores = evaluate_pretraining(run.engine.evaluated(), run.pairs.validation, run.world.device, run.engine.dtype)
+    run.monitor.evaluation(step, scores)
+    return sum(part["loss"] for part in scores.values())
+
+
+def look(run: Run, step: int) -> None:
+    """Show TensorBoard a held-out picture with what the model fills in. Collective."""
+    every, pairs = run.config.run.picture_every, run.pairs
+    if not every or step % every or pairs.held_out is None or "mlm" not in run.engine.objectives:
+        return
+    expect_progress(run.config.run.hang_seconds)
+    seen = glimpse(run.engine.module.model, pairs.tokenizer, pairs.held_out, pairs.backend, step // every)
+    if seen is not None:
+        run.monitor.picture(step, seen.image, seen.caption, seen.words, seen.fills)
+
+
+def finish(run: Run) -> None:
+    """Write the model for use elsewhere and say what to do next."""
+    folder = Path(run.config.run.dir) / "export"
+    export(run.engine.state, run.world, run.config.model, folder, run.pairs.tokenizer_folder)
+    described = describe_run(run.config, run.world, run.pairs.identity())
+    facts = {
+        "steps": run.config.run.max_steps,
+        "world_size": run.world.size,
+        "zero_stage": run.config.engine.zero,
+        "dtype": run.config.engine.dtype,
+        "device": torch.cuda.get_device_name(run.world.device) if run.world.device.type == "cuda" else "CPU",
+        "skipped": run.skipped(),
+        "versions": described["versions"],
+    }
+    run.monitor.record_run(facts)
+    rows = [("done", f"{run.config.run.max_steps:,} steps"), ("model", str(folder))]
+    run.monitor.summary(rows, f"meter-fast report {run.config.run.dir}")
+
+
+# ---------------------------------------------------------------------------------------------------------- setting up
+
+
+def prepare(config: RunConfig, this: World) -> Run:
+    """Open data, model and engine, and show the banner. Collective; raises ValueError or OSError with the remedy."""
+    accumulated = accumulation(config.engine.global_batch, config.engine.micro_batch, this.size)
+    this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
+    sources = this.each(lambda: open_training_sources(config.data))
+    tokenizer, folder = open_tokenizer(config, this, sources)
+    config = fit_vocabulary(config, tokenizer)
+    dtype = DTYPES[config.engine.dtype]
+    pairs = this.each(lambda: open_pairs(config, this, sources, tokenizer, folder, accumulated, dtype))
+    start = find_start(config, this, pairs.identity())
+    torch.manual_seed(config.run.seed)
+    module = this.each(lambda: build(config, this, start))
+    this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), expected_bytes(count(module))))
+    engine = Engine(module, config, this, original_name, start.masters)
+    restore(engine.state, start, this)
+    start.reader = start.masters = None
+    monitor = Monitor(config.run.dir, config.run.max_steps, config.engine.global_batch, this.is_main)
+    monitor.message(describe(config))
+    monitor.banner(banner.rows(config, this, engine, pairs, start, module.model))
+    this.together(lambda: note_settings(config))
+    monitor.start(start.step)
+    return Run(config, this, engine, pairs, monitor, start)
+
+
+def build(config: RunConfig, this: World, start: Start) -> Pretraining:
+    """The module in fp32 on the host; weights from files are read on the main process alone."""
+    from_files = this.is_main and start.step == 0 and not config.run.init
+    model = Meter(config.model, load_weights=from_files)
+    if this.is_main:
+        load_weights(model, config, start)
+    module = Pretraining(model, config.objectives.names)
+    if len(config.objectives.names) < 2:
+        freeze_unreached(module, config.model)
+    return module
+
+
+def count(module: torch.nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def note_settings(config: RunConfig) -> None:
+    """Keep the resolved configuration in the run directory."""
+    path = Path(config.run.dir) / "config.json"
+    path.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one training. Returns the exit code; messages go to standard error, from the process that knows best."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = resolve([a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")])
+    except ConfigError as error:
+        return complain(error, EXIT_WRONG) if rank == 0 else EXIT_WRONG
+    run: Run | None = None
+    try:
+        expect_progress(config.run.hang_seconds)
+        run = prepare(config, world.start(config.run.hang_seconds))
+        run.stop.listen()
+        return fit(run)
+    except StoppedTogether:
+        return EXIT_WRONG
+    except NotFinite as error:
+        return complain(error, EXIT_FAILED) if rank == 0 else EXIT_FAILED
+    except (ValueError, OSError) as error:
+        return complain(error, EXIT_WRONG, f"rank {rank}: " if rank else "")
+    except Exception:
+        traceback.print_exc()
+        print(
+            f"error: rank {rank} ended by the above. Where another process ended first, its message tells the cause. "
+            f"The same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EXIT_FAILED
+    finally:
+        no_watchdog()
+        if run is not None:
+            run.monitor.close()
+            run.pairs.close()
+
+
+def complain(error: Exception, code: int, who: str = "") -> int:
+    """Print an error for people, without a stack, and pass the exit code on."""
+    print(f"\nerror: {who}{error}", file=sys.stderr, flush=True)
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. After a failure peers may be gone or stuck: no collective farewell that would wait for them."""
+    if code == EXIT_DONE:
+        dist.destroy_process_group()
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,1 @@
+"""Training: processes, engine, optimizer, checkpoints, monitor. Nothing here knows a task."""

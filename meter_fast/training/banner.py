@@ -1,0 +1,108 @@
+"""What a run says of itself before it starts: devices, back ends, sizes, data coverage, arithmetic of the global batch.
+
+Knows how to word facts. Knows nothing of where they go: rows (label, value) for the monitor.
+"""
+
+import os
+import platform
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from meter_fast.config import RunConfig
+from meter_fast.data.images import ImageBackend
+from meter_fast.data.sources import Sources
+from meter_fast.training.engine import Engine, state_bytes
+from meter_fast.training.pairs import Pairs
+from meter_fast.training.resume import Start, checkpoints_of
+from meter_fast.training.world import World
+
+Row = tuple[str, str]
+
+
+def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: Start, model: nn.Module) -> list[Row]:
+    """All rows of the start banner."""
+    return [
+        ("run", config.run.dir),
+        ("devices", f"{world.size} x {_device(world.device)}, {dist.get_backend()}"),
+        ("model", _parameters(model)),
+        ("engine", _engine(config, engine, world)),
+        ("global batch", _batch(config, engine, world)),
+        ("steps", f"{config.run.max_steps:,}, warm-up {engine.schedule.warmup_steps:,}, starting at {start.step:,}"),
+        ("starts from", "\n".join([start.origin, *start.notes])),
+        ("data", _coverage(pairs.sources)),
+        ("held out", _coverage(pairs.held_out) if pairs.held_out else "none: data.val_sources is empty"),
+        ("pictures", _pictures(config, pairs.backend)),
+        ("text", f"{len(pairs.tokenizer):,} tokens of {config.data.tokenizer}, up to {config.data.max_text_length} a "
+                 f"caption, masking {config.objectives.masking} {config.objectives.mlm_probability:g}"),
+        ("objectives", f"{', '.join(config.objectives.names)}; false pictures from the "
+                       f"{config.objectives.itm_negatives}"),
+        ("checkpoints", f"{checkpoints_of(config.run.dir)}, every {config.run.save_every:,} steps, the last "
+                        f"{config.run.keep_last} and the best kept"),
+    ]  # fmt: skip
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads each)"
+
+
+def _parameters(model: nn.Module) -> str:
+    counts = {
+        name: sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters()) for name, part in model.named_children()
+    }
+    frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
+    text = f"{millions(sum(counts.values()))} parameters: "
+    text += ", ".join(f"{name} {millions(count)}" for name, count in counts.items())
+    return text + (f"; {millions(frozen)} frozen, as no objective reaches them" if frozen else "")
+
+
+def millions(count: int) -> str:
+    """1234567 -> "1.23 M"."""
+    return f"{count / 1e6:.3g} M"
+
+
+def _engine(config: RunConfig, engine: Engine, world: World) -> str:
+    settings = config.engine
+    parts = [f"DeepSpeed {deepspeed.__version__}, ZeRO {settings.zero}"]
+    parts.append("bf16 with fp32 master weights" if settings.dtype == "bf16" else "fp32")
+    if settings.offload == "cpu":
+        parts.append("optimizer in host memory")
+    if settings.activation_checkpointing:
+        parts.append("activation checkpointing")
+    if settings.compile:
+        parts.append("compiled blocks")
+    need = state_bytes(engine.state.numel(), settings.zero, world.size, settings.dtype)
+    parts.append(f"{need / 1e6:,.3g} MB a process for weights, gradients and optimizer")
+    return ", ".join(parts)
+
+
+def _batch(config: RunConfig, engine: Engine, world: World) -> str:
+    settings = config.engine
+    parts = f"{world.size} processes x {settings.micro_batch} x {engine.accumulation} accumulated"
+    return f"{settings.global_batch:,} pairs = {parts}"
+
+
+def _coverage(sources: Sources) -> str:
+    lines = []
+    total = sum(sources.weights) if sources.weights else 0
+    for number, row in enumerate(sources.coverage()):
+        line = f"{row['source']}: {row['files']:,} files, {row['pictures']:,} pictures, {row['captions']:,} captions"
+        if row["duplicates"]:
+            line += f" ({row['duplicates']:,} duplicates left out)"
+        if total and number < len(sources.weights):
+            line += f", {100 * sources.weights[number] / total:.3g} % of samples"
+        if row["missing"]:
+            line += f"; not there: {', '.join(row['missing'][:4])}{' ...' if len(row['missing']) > 4 else ''}"
+        for name, found in list(row["problems"].items())[:4]:
+            line += f"; {name}: {', '.join(f'{count} {cause}' for cause, count in found.items())}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _pictures(config: RunConfig, backend: ImageBackend) -> str:
+    size = config.model.vision.image_size
+    return f"{backend.name}: {config.data.transform} at {size} px, up to {config.data.max_image_pixels / 1e6:.3g} Mpx"

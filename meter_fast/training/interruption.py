@@ -1,0 +1,86 @@
+"""Ways in which a run is asked to end before its time: signals, a launcher that died, a step that never returns.
+
+Knows the process and its ancestors. Knows nothing of training. A signal only sets a flag: saving is collective work, so
+the processes first agree on it, at the end of the step.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import psutil
+
+EXIT_INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: stopped on request after saving; the same command goes on
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# Launchers pass a signal on that the terminal or the batch system has already sent to every process of the group. Those
+# echoes arrive within moments and are the same request; whoever really asks twice waits at least this long.
+ECHO_SECONDS = 2.0
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGHUP, or when the launcher is gone. A second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._since = 0.0
+        self._launchers = [p for p in psutil.Process().parents() if _is_launcher(p)]
+
+    def listen(self) -> None:
+        """Install the handlers (main thread only). SIGHUP stays ignored where nohup has asked for that."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._heard)
+
+    def pending(self) -> bool:
+        """True once this process has a reason to stop; `reason` says which."""
+        if not self.reason and not all(_is_alive(p) for p in self._launchers):
+            self.reason = "the launcher is gone"
+        return bool(self.reason)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGHUP and sys.stdout.isatty():
+            _let_go_of_terminal()
+        if not self.reason:
+            self.reason, self._since = signal.Signals(number).name, now
+        elif now - self._since > ECHO_SECONDS:
+            os._exit(128 + number)
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """`python .../bin/deepspeed ...` or `python -u -m deepspeed.launcher.launch ...`, not a shell that names them."""
+    try:
+        program, *arguments = process.cmdline() or [""]
+    except psutil.Error:  # not ours to read, or gone meanwhile
+        return False
+    named = {os.path.basename(argument) for argument in arguments[:3]}
+    return "python" in os.path.basename(program) and bool(named & {"deepspeed", "deepspeed.launcher.launch"})
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _let_go_of_terminal() -> None:
+    """Writing to a closed terminal would raise in the middle of the last checkpoint."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def expect_progress(seconds: int) -> None:
+    """(Re)start the watchdog: unless called again within `seconds`, the process prints the stack of every thread and
+    ends with code 1. It works inside a collective that waits for a silent peer, whatever that group's own timeout."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def no_watchdog() -> None:
+    """Stop watching."""
+    faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,144 @@
+"""The data of a pre-training run, opened as its settings say: tokenizer, sources, loaders.
+
+Knows settings and the data room. Knows nothing of models beyond the sizes they must agree on, nothing of steps.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from meter_fast.config import ConfigError, DataConfig, RunConfig
+from meter_fast.data.images import ImageBackend, image_transform, open_backend
+from meter_fast.data.loader import EvaluationLoader, PretrainLoader
+from meter_fast.data.order import SampleOrder
+from meter_fast.data.sources import Sources, open_sources
+from meter_fast.data.text import TextPipeline
+from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from meter_fast.training.world import World
+
+TRAINED = "trained"
+CAPTIONS_TO_LEARN_FROM = 200_000
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Everything that gives batches. `tokenizer_folder` holds the tokenizer's files (main process only)."""
+
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_folder: Path
+    sources: Sources
+    loader: PretrainLoader
+    backend: ImageBackend
+    held_out: Sources | None
+    validation: EvaluationLoader | None
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed: how many samples each source has, and the vocabulary."""
+        return {"samples": self.sources.sizes, "vocabulary": vocabulary_hash(self.tokenizer)}
+
+    def close(self) -> None:
+        """Free threads and device memory."""
+        self.backend.close()
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 over all tokens and their ids."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+
+
+def open_tokenizer(config: RunConfig, world: World, sources: Sources) -> tuple[PreTrainedTokenizerFast, Path]:
+    """The run's tokenizer, and the folder of its files, run.dir/tokenizer, for the export (main process only).
+    Collective.
+
+    The main process opens it, or with data.tokenizer=trained learns it from the captions, once for the whole run;
+    the others get its files from there. Raises ValueError (StoppedTogether on the others).
+    """
+    kept = Path(config.run.dir) / "tokenizer"
+
+    def files() -> dict[str, str]:
+        if config.data.tokenizer != TRAINED:
+            load_tokenizer(config.data.tokenizer).save_pretrained(kept)
+        elif not (kept / "tokenizer.json").is_file():
+            text = config.model.text
+            train_tokenizer(_captions(sources), kept, kind=text.name, vocab_size=text.vocab_size)
+        return {path.name: path.read_text(encoding="utf-8") for path in kept.iterdir() if path.is_file()}
+
+    content = world.together(files)
+    if world.is_main:
+        return load_tokenizer(kept), kept
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, text in content.items():
+            Path(scratch, name).write_text(text, encoding="utf-8")
+        return load_tokenizer(scratch), kept
+
+
+def _captions(sources: Sources) -> Iterator[str]:
+    """Captions spread evenly over all sources."""
+    every = max(1, len(sources) // CAPTIONS_TO_LEARN_FROM)
+    return (sources.read(index).text for index in range(0, len(sources), every))
+
+
+def fit_vocabulary(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> RunConfig:
+    """The configuration with the text encoder's vocabulary and padding id those of the tokenizer.
+
+    Only where the encoder starts at random; one with weights of its own must already agree. Raises ConfigError."""
+    text = config.model.text
+    size, pad = len(tokenizer), tokenizer.pad_token_id
+    if text.weights is None:
+        text = dataclasses.replace(text, vocab_size=size, pad_id=pad)
+    if size > text.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} has {size} tokens, model.text.vocab_size={text.vocab_size} rows: "
+            f"choose the tokenizer that belongs to the weights"
+        )
+    if pad != text.pad_id:
+        raise ConfigError(f"data.tokenizer={config.data.tokenizer} pads with {pad}, the text encoder with "
+                          f"{text.pad_id}: choose the tokenizer that belongs to the weights")  # fmt: skip
+    if config.data.max_text_length > text.max_length:
+        raise ConfigError(f"data.max_text_length={config.data.max_text_length}: the text encoder has "
+                          f"{text.max_length} positions; lower it or raise model.text.max_positions")  # fmt: skip
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+
+
+def open_training_sources(data: DataConfig) -> Sources:
+    """The sources of training. Raises ValueError naming what is missing and where."""
+    return open_sources(data.sources, data.root, split="train", weights=data.weights or None)
+
+
+def open_pairs(
+    config: RunConfig, world: World, sources: Sources, tokenizer: PreTrainedTokenizerFast, folder: Path,
+    accumulation: int, dtype: torch.dtype,
+) -> Pairs:  # fmt: skip
+    """Order, loader and held-out split on this process's part of the run. Raises ValueError."""
+    data, goals, engine = config.data, config.objectives, config.engine
+    from_batch = goals.itm_negatives == "batch"
+    order = SampleOrder(
+        sources.sizes, config.run.seed, engine.global_batch, sources.weights, sources.image_ids if from_batch else None
+    )
+    text = TextPipeline(tokenizer, data.max_text_length, goals.masking, goals.mlm_probability)
+    backend = open_backend(
+        data.backend, image_transform(data.transform, config.model.vision.image_size), world.device, dtype,
+        threads=max(1, data.workers), max_batch=max(4, 2 * engine.micro_batch),
+    )  # fmt: skip
+    loader = PretrainLoader(
+        sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,
+        accumulation=accumulation, negatives=goals.itm_negatives, seed=config.run.seed, workers=data.workers,
+        prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels,
+    )  # fmt: skip
+    held_out, validation = None, None
+    if data.val_sources:
+        held_out = open_sources(data.val_sources, data.root, split=data.val_split)
+        validation = EvaluationLoader(
+            held_out, text, backend, batch_size=max(2, engine.micro_batch // 2 * 2), rank=world.rank, world=world.size,
+            limit=data.val_pairs, workers=data.workers, max_bad_share=data.max_bad_share,
+            max_image_pixels=data.max_image_pixels,
+        )  # fmt: skip
+    return Pairs(tokenizer, folder, sources, loader, backend, held_out, validation)

@@ -1,0 +1,241 @@
+"""Where a run starts and what it leaves behind: fresh weights, given weights or a checkpoint; checkpoints and the
+export.
+
+Knows the model, the named state and the files. All functions are collective; only the main process touches files,
+the others get their values from it, so nothing but the main process needs to see the run directory.
+"""
+
+import platform
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+import meter_fast
+from meter_fast.config import ConfigError, RunConfig, flatten, from_dict, to_dict
+from meter_fast.interop import from_meter
+from meter_fast.models.config import ModelConfig
+from meter_fast.models.export import load_export, save_export
+from meter_fast.models.meter import Meter
+from meter_fast.models.positions import resize_positions
+from meter_fast.models.weights import copy_into
+from meter_fast.training import checkpoint
+from meter_fast.training.checkpoint import CheckpointError, Reader, Writer
+from meter_fast.training.state import FROZEN, KINDS, WEIGHT, NamedState
+from meter_fast.training.world import World
+
+POSITIONS = "vision.pos_embed"
+# What decides which samples a step reads and what is asked about them: another value would not go on with this run.
+FIXED = ("data.sources", "data.weights", "data.max_text_length", "engine.global_batch", "run.seed", "objectives.")
+# Says nothing about the run's results.
+FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "data.root", "data.workers",
+        "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
+
+
+@dataclass
+class Start:
+    """Where training begins. `step`: optimizer steps done. On the main process `reader` is the checkpoint to restore
+    and `masters` the fp32 weights; both None elsewhere.
+    """
+
+    step: int = 0
+    origin: str = "random weights"
+    notes: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    reader: Reader | None = None
+    masters: dict[str, Tensor] | None = None
+
+
+def checkpoints_of(run_dir: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+# ------------------------------------------------------------------------------------------------------------ starting
+
+
+def find_start(config: RunConfig, world: World, identity: dict[str, Any]) -> Start:
+    """Choose what to start from by run.resume and run.init, and check that it belongs to this run.
+
+    identity: what must be the same on resume besides settings (sizes of the data, the vocabulary). Raises
+    CheckpointError or ConfigError."""
+    start = Start()
+
+    def choose() -> dict[str, Any]:
+        folder = checkpoints_of(config.run.dir)
+        reader = _chosen(config, folder, start.notes)
+        if reader is None:
+            start.origin = config.run.init or start.origin
+            return {}
+        start.notes += _differences(config, reader, identity)
+        start.reader = reader
+        skipped = {str(cause): int(count) for cause, count in reader.state.get("skipped", {}).items()}
+        return {"step": reader.step, "origin": str(reader.folder), "skipped": skipped}
+
+    for name, value in world.together(choose).items():
+        setattr(start, name, value)
+    return start
+
+
+def _chosen(config: RunConfig, folder: Path, notes: list[str]) -> Reader | None:
+    if config.run.resume == "never":
+        if checkpoint.steps(folder):
+            raise ConfigError(
+                f"run.resume=never, but {folder} holds checkpoints of steps {checkpoint.steps(folder)}; choose another "
+                f"run.dir, or remove that folder"
+            )
+        return None
+    if config.run.resume == "auto":
+        choice = checkpoint.newest(folder)
+        notes += [f"passed over: {line}" for line in choice.passed_over]
+        return choice.reader
+    path = Path(config.run.resume)
+    if not path.is_dir():
+        raise ConfigError(
+            f"run.resume={config.run.resume}: auto, never, or the folder of a checkpoint; there is none here"
+        )
+    return Reader(path)
+
+
+def _differences(config: RunConfig, reader: Reader, identity: dict[str, Any]) -> list[str]:
+    """Notes on settings that changed since the checkpoint. Raises CheckpointError for those that must not."""
+    try:
+        before = flatten(from_dict(RunConfig, reader.state["config"]))
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{reader.folder}: its settings are not those of this version ({error})") from None
+    notes, refused = [], []
+    for key, now in flatten(config).items():
+        if before[key] == now or key.startswith(FREE):
+            continue
+        line = f"{key}: {_short(before[key])} -> {_short(now)}"
+        (refused if key.startswith(("model.", *FIXED)) else notes).append(line)
+    for key, now in identity.items():
+        if reader.state.get("identity", {}).get(key) != now:
+            refused.append(f"{key}: {_short(reader.state.get('identity', {}).get(key))} -> {_short(now)}")
+    if refused:
+        raise CheckpointError(
+            f"{reader.folder} is of another run: {'; '.join(refused)}. Go on with the settings of the checkpoint, or "
+            f"take only its weights: run.init={reader.folder} with another run.dir"
+        )
+    return [f"changed since the checkpoint: {line}" for line in notes]
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def load_weights(model: Meter, config: RunConfig, start: Start) -> None:
+    """Fill `model` (fp32, on the host) on the main process, before the engine takes it. Raises ValueError."""
+    if start.reader is not None:
+        tensors = _tensors_of(start.reader)
+        copy_into(model, tensors, str(start.reader.folder))
+    elif config.run.init:
+        copy_into(model, _given(config, model, start.notes), config.run.init)
+    start.notes += [str(report) for report in model.weight_reports]
+    start.masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _tensors_of(reader: Reader) -> dict[str, Tensor]:
+    return {name: reader.tensor(kind, name) for kind in (WEIGHT, FROZEN) for name in reader.shapes(kind)}
+
+
+def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tensor]:
+    """The weights that run.init names, by our names, with the position table at the run's resolution."""
+    path = Path(config.run.init)
+    if not path.exists():
+        raise ConfigError(f"run.init={path} does not exist: give an export folder, a METER .ckpt or a checkpoint")
+    if path.is_file():
+        given, report = from_meter(path, config=config.model)
+        notes += str(report).splitlines()
+        return given.state_dict()
+    if (path / checkpoint.MANIFEST).is_file():
+        tensors = _tensors_of(Reader(path))
+    else:
+        tensors = load_export(path).state_dict()
+    if POSITIONS in tensors and tensors[POSITIONS].shape != model.state_dict()[POSITIONS].shape:
+        before = tensors[POSITIONS].shape[1]
+        tensors[POSITIONS] = resize_positions(tensors[POSITIONS][0], config.model.vision.grid, POSITIONS)[None]
+        notes.append(f"resized: {POSITIONS} from {before} to {tensors[POSITIONS].shape[1]} rows")
+    return tensors
+
+
+def restore(state: NamedState, start: Start, world: World) -> None:
+    """Put the master weights and moments of the checkpoint into the engine; nothing to do for a fresh start."""
+    if not world.hear(start.reader is not None):
+        return
+    for kind in KINDS:
+        for name in state.names:
+            state.write(kind, name, start.reader.tensor(kind, name) if world.is_main else None)
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def describe_run(config: RunConfig, world: World, identity: dict[str, Any]) -> dict[str, Any]:
+    """What state.json says of a run besides the step: settings, identity, versions, processes."""
+    return {
+        "config": to_dict(config),
+        "identity": identity,
+        "world_size": world.size,
+        "versions": {
+            "meter_fast": meter_fast.__version__,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def save(state: NamedState, world: World, folder: Path, step: int, description: dict[str, Any]) -> Path:
+    """Write the checkpoint of `step`. Raises CheckpointError (StoppedTogether elsewhere) if the disk refuses; the older
+    checkpoints are then untouched."""
+    writer: Writer | None = None
+    failure: OSError | None = None
+    for kind, name, tensor in state.read():
+        if world.is_main and failure is None:
+            try:
+                writer = writer or Writer(folder, step)
+                writer.add(kind, name, tensor)
+            except OSError as error:  # the others are in the same loop: keep step with them
+                failure = error
+
+    def finish() -> str:
+        nonlocal failure
+        try:
+            if failure is not None:
+                raise failure
+            assert writer is not None
+            return str(writer.finish({"step": step, **description}))
+        except OSError as error:
+            if writer is not None:
+                writer.abandon()
+            raise CheckpointError(_disk_message(folder, step, state, error)) from error
+
+    return Path(world.together(finish))
+
+
+def _disk_message(folder: Path, step: int, state: NamedState, error: OSError) -> str:
+    whole = [str(checkpoint.path_of(folder, s)) for s in checkpoint.steps(folder)]
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return (
+        f"the checkpoint of step {step} could not be written to {folder}: {error.strerror or error}. It takes "
+        f"{expected_bytes(state.numel()) / 1e9:.3g} GB, {free / 1e9:.3g} GB are free. "
+        + (f"The last whole one is {whole[-1]}. " if whole else "There is no older one. ")
+        + "Make room and run the same command again"
+    )
+
+
+def expected_bytes(parameters: int) -> int:
+    """Size of a checkpoint: fp32 weights and two moments."""
+    return 12 * parameters
+
+
+def export(state: NamedState, world: World, config: ModelConfig, folder: Path, tokenizer: Path) -> None:
+    """Write the model alone (fp32 master weights, configuration, tokenizer) for `meter_fast.load`."""
+    tensors = {name: t.detach().cpu().clone() if world.is_main else None for _, name, t in state.read((WEIGHT, FROZEN))}
+
+    world.together(lambda: str(save_export(Meter(config, load_weights=False), folder, tokenizer, tensors)))

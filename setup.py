@@ -1,0 +1,37 @@
+from setuptools import find_packages, setup
+
+# `kernels/` stands at the top of the tree and installs as `meter_fast.kernels`: a top-level package of that name
+# would collide with the optional dependency of transformers that is called the same.
+packages = find_packages(include=["meter_fast", "meter_fast.*"])
+kernel_packages = ["meter_fast." + name for name in find_packages(include=["kernels", "kernels.*"])]
+
+setup(
+    name="meter-fast",
+    version="0.1.0",
+    description="Fast training of METER vision-and-language transformers",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=packages + kernel_packages,
+    package_dir={"meter_fast": "meter_fast", "meter_fast.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "triton>=3.2; platform_system == 'Linux'",
+        "deepspeed>=0.17",
+        "transformers>=4.50",
+        "timm>=1.0.15",
+        "nvidia-dali-cuda130>=1.52; platform_system == 'Linux'",
+        "tensorboard>=2.16",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "pyarrow>=16",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.20",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.6"],
+        "dev": ["pytest>=8", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["meter-fast = meter_fast.cli:main"]},
+)
