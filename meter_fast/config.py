@@ -156,7 +156,9 @@ def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     except ConfigError:
         raise
     except ValueError as error:  # a rule of the dataclass itself
-        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+        parent, _, last = path.rpartition(".")
+        named = str(error).startswith(f"{last}.")  # it says "vision.width=..." where the path is "model.vision"
+        raise ConfigError(f"{_join(parent, '')}{error}" if named else f"{path}: {error}") from None
 
 
 def flatten(config: Any, path: str = "") -> dict[str, Any]:
@@ -263,7 +265,7 @@ def _unknown(key: str, known: list[str]) -> ConfigError:
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     by_name = {k.rsplit(".", 1)[-1]: k for k in known}
-    near = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)]
+    near = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.75)]
     guess = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6) or near
     hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(known)}"
     return ConfigError(f"unknown setting {key!r}: {hint}")

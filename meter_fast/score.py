@@ -278,10 +278,9 @@ def score_held_out(
                 matching.add(model, tokenizer, block, max_length)
     finally:
         model.train(was_training)
-    scores = {"itm": matching.result()} if model.itm_head is not None else {}
     return {
-        **scores,
-        "mlm": words.result(),
+        **({"itm": matching.result()} if model.itm_head is not None else {}),
+        **({"mlm": words.result()} if model.mlm_head is not None else {}),
         "pictures": pictures,
         "captions": captions,
         "cut_off": words.cut_off,
@@ -313,7 +312,8 @@ def glimpse(model: Meter, tokenizer, sources, backend: ImageBackend, number: int
     except (BadImage, BadCaption):
         return None
     length = min(MAX_TEXT_LENGTH, model.config.text.max_length)
-    spans = [hit.span() for hit in re.finditer(r"\w+", caption)]
+    found = [hit.span() for hit in re.finditer(r"\w+", caption)]
+    spans = [span for span in found if span[1] - span[0] > 2] or found  # "a" and "of" tell little
     chosen = sorted(np.random.default_rng(number).permutation(len(spans))[:words].tolist())
     masked = [m for m in (hide_word(tokenizer, caption, *spans[i], length) for i in chosen) if m is not None]
     if not masked:

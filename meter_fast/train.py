@@ -236,8 +236,8 @@ def finish(run: Run) -> None:
 def prepare(config: RunConfig, this: World) -> Run:
     """Open data, model and engine, and show the banner. Collective; raises ValueError or OSError with the remedy."""
     accumulated = accumulation(config.engine.global_batch, config.engine.micro_batch, this.size)
-    this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
     sources = this.each(lambda: open_training_sources(config.data))
+    this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
     tokenizer, folder = open_tokenizer(config, this, sources)
     config = fit_vocabulary(config, tokenizer)
     dtype = DTYPES[config.engine.dtype]

@@ -22,7 +22,7 @@ from meter_fast.training.monitor import Monitor
 def scenes(tmp_path_factory) -> Path:
     """A folder as `meter-fast data scenes` writes it, small, with a tokenizer learned from its captions."""
     out = tmp_path_factory.mktemp("scenes")
-    assert main(["data", "scenes", str(out), "--train", "40", "--val", "20", "--test", "20"]) == 0
+    assert main(["data", "scenes", str(out), "--train", "40", "--val", "20", "--test", "40"]) == 0
     captions = open_sources(["coco"], out, "train")
     train_tokenizer((captions.read(i).text for i in range(len(captions))), out / "tokenizer")
     return out

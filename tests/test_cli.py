@@ -107,7 +107,7 @@ def test_data_scenes_writes_the_same_files_for_the_same_seed(tmp_path, capsys):
 
 
 def test_report_prints_the_scores_and_where_the_page_is(run_dir, capsys):
-    assert main(["report", str(run_dir), "--pictures", "6"]) == 0
+    assert main(["report", str(run_dir), "--pictures", "30"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((run_dir / "report.json").read_text())
     for name in ("ITM", "colour", "shape", "count", "relation", "unseen, colour"):

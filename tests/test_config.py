@@ -137,7 +137,7 @@ def test_global_batch_arithmetic():
         accumulation(4096, 24, 8)
     for part in ("4096", "192", "engine.micro_batch=16 or 32", "engine.global_batch=4032 or 4224"):
         assert part in str(error.value)
-    with pytest.raises(ConfigError, match="engine.global_batch=12"):
+    with pytest.raises(ConfigError, match=r"engine\.global_batch=12"):
         accumulation(8, 4, 3)
 
 
@@ -169,7 +169,7 @@ def test_the_run_puts_its_numbers_into_the_file(zero, offload, dtype):
 
 def test_a_config_file_of_another_stage_is_refused(tmp_path):
     config = override(CONFIG, [f"engine.ds_config={DS_CONFIGS / 'zero3.json'}"])
-    with pytest.raises(ConfigError, match="say engine.zero=3"):
+    with pytest.raises(ConfigError, match=r"say engine\.zero=3"):
         deepspeed_config(config, 1)
     with pytest.raises(ConfigError, match="cannot read"):
         deepspeed_config(override(CONFIG, [f"engine.ds_config={tmp_path / 'none.json'}"]), 1)

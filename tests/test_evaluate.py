@@ -327,7 +327,7 @@ def test_a_bf16_model_scores_as_the_fp32_one_nearly(scenes, scene_model, scene_t
     full = score_held_out(scene_model, scene_tokenizer, sources, backend, WORD_KINDS, max_pictures=6)
     half_model = copy.deepcopy(scene_model).to(torch.bfloat16)
     half = score_held_out(half_model, scene_tokenizer, sources, backend, WORD_KINDS, max_pictures=6)
-    assert half["captions"] == full["captions"] and set(half["mlm"]) == set(full["mlm"]) == set(WORD_KINDS)
+    assert half["captions"] == full["captions"] and set(half["mlm"]) == set(full["mlm"])
     assert half["itm"]["accuracy"] == pytest.approx(full["itm"]["accuracy"], abs=0.2)
 
 

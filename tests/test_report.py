@@ -14,7 +14,7 @@ from scene_run import make_run
 
 from meter_fast.data.scenes import WORD_KINDS
 from meter_fast.report import NOVEL_PHRASES, write_report
-from meter_fast.report.examples import spotlight
+from meter_fast.report.examples import glow
 from meter_fast.report.facts import curve, read_run
 from meter_fast.report.plot import Series, binned, line_chart, short, smoothed, ticks
 
@@ -67,7 +67,7 @@ def test_report_json_holds_scores_and_facts_of_the_run(report):
     assert (stored["world_size"], stored["zero_stage"], stored["dtype"], stored["steps"]) == (2, 2, "bf16", 30)
     assert stored["seconds_training"] == 61.5
     assert stored["seconds"] == pytest.approx(61.5 + stored["seconds_report"], abs=0.2)
-    assert stored["split"]["pictures"] == 20 and stored["split"]["name"] == "test"
+    assert stored["split"]["pictures"] == 40 and stored["split"]["name"] == "test"
     parts = dict(stored["model"]["parameters"])
     assert parts.pop("total") == sum(parts.values()) > 1_000_000
 
@@ -148,6 +148,17 @@ def test_captions_and_names_cannot_break_the_page(run_dir, scenes, tmp_path):
     assert 'alert("x")' in page.text
 
 
+@pytest.mark.parametrize(("trained", "other"), [("mlm", "itm"), ("itm", "mlm")])
+def test_an_objective_that_was_not_trained_is_not_scored(run_dir, trained, other):
+    config = json.loads((run_dir / "config.json").read_text())
+    config["objectives"]["names"] = [trained]
+    (run_dir / "config.json").write_text(json.dumps(config))
+    scores = write_report(run_dir, device="cpu", max_pictures=8)["scores"]
+    assert scores[trained] and other not in scores and other not in scores["novel"]
+    page = Page((run_dir / "report.html").read_text())
+    assert page.open == [] and ("ITM, half" in page.text) == (trained == "itm")
+
+
 @pytest.mark.parametrize("missing", ["config.json", "run.json", "metrics.jsonl", "export"])
 def test_an_unfinished_run_is_refused_by_name(run_dir, missing):
     (run_dir / missing).rename(run_dir / "aside")
@@ -214,10 +225,12 @@ def test_short_numbers():
     assert [short(x) for x in (0.25, 1500, 3_010_000, 0)] == ["0.25", "1.5k", "3.01M", "0"]
 
 
-def test_spotlight_keeps_what_is_looked_at_and_dims_the_rest():
-    picture = Image.new("RGB", (256, 256), (250, 120, 40))
+def test_the_glow_is_where_the_word_looks():
+    picture = Image.new("RGB", (256, 256), (40, 40, 200))
     attention = np.full((4, 4), 0.01)
     attention[0, 3] = 0.85
-    lit = np.asarray(spotlight(picture, attention)).astype(int)
-    assert np.abs(lit[10:30, 226:246] - (250, 120, 40)).max() < 30
-    assert lit[200:, :60].sum(-1).max() < 250
+    lit = np.asarray(glow(picture, attention)).astype(int)
+    assert np.abs(lit[200:, :60] - (30, 30, 150)).max() <= 1  # only dimmed
+    assert (lit[10:30, 226:246] > (180, 120, 0)).all() and (lit[10:30, 226:246, 2] < 80).all()  # amber
+    even = np.asarray(glow(picture, np.full((4, 4), 1 / 16))).astype(int)
+    assert np.abs(even - (30, 30, 150)).max() <= 1

@@ -55,7 +55,6 @@ class DaliBackend:
             num_threads=self.threads,
             device_id=self.device.index if self._on_gpu else None,
             prefetch_queue_depth=1,
-            exec_dynamic=True,  # outputs stay valid over later runs
         )
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
@@ -117,7 +116,7 @@ class DaliBackend:
         return pictures
 
     def _run(self, encoded: Sequence[np.ndarray], headers: list[ImageHeader]) -> torch.Tensor:
-        """uint8 [n,3,S,S] on device, in DALI's memory."""
+        """uint8 [n,3,S,S] on device, in DALI's memory: to be copied before the next run."""
         if self._pipeline is None:
             raise ValueError("the DALI back end is closed")
         regions = np.array([self._region(header) for header in headers], dtype=np.float32)

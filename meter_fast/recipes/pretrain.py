@@ -1,7 +1,7 @@
 """Pre-training on image-caption pairs: masked language modelling and image-text matching together.
 
     deepspeed --module meter_fast.train pretrain size=base data.root=DATA run.dir=runs/base
-    deepspeed --num_gpus 2 --module meter_fast.train pretrain size=tiny data.root=SCENES data.tokenizer=TOKENIZER
+    deepspeed --num_gpus 2 --module meter_fast.train pretrain size=tiny data.root=SCENES
 
 `base` is METER-CLIP16-RoBERTa at 288 px as published: 100,000 steps of 4096 pairs from COCO, Visual Genome, SBU and
 Conceptual Captions 3M, 8 days on 8 A100 in the paper (Dou et al. 2022, arXiv 2111.02387, section 4 and its appendix).

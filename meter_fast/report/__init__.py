@@ -54,7 +54,7 @@ def write_report(
     data = override(facts.config, settings).data
     root = Path(data.root)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_export(facts.export).to(device)
+    model = _with_trained_heads(load_export(facts.export), facts.config.objectives.names).to(device)
     tokenizer = load_tokenizer(facts.export / TOKENIZER)
     transform = image_transform(data.transform, model.config.vision.image_size)
     backend = open_backend("torchvision", transform, "cpu", torch.float32)
@@ -76,6 +76,15 @@ def write_report(
     replace_text(facts.folder / "report.json", json.dumps(report, indent=2) + "\n")
     replace_text(facts.folder / "report.html", render(facts, report, shown))
     return report
+
+
+def _with_trained_heads(model: Meter, objectives: Sequence[str]) -> Meter:
+    """The model without the head of an objective that it was not trained on: there is nothing to score."""
+    if "mlm" not in objectives:
+        model.mlm_head = None
+    if "itm" not in objectives:
+        model.itm_head = None
+    return model
 
 
 def _examples(model: Meter, tokenizer, sources, backend: ImageBackend, kinds: Mapping) -> list[Example]:

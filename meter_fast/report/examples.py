@@ -16,6 +16,8 @@ from meter_fast.predict import MaskedCaption, fill, hide_word, match, word_atten
 from meter_fast.score import Block, find_words
 
 SHOWN_PIXELS = 256
+AMBER, GLOW_STRENGTH, DIMMED = (255.0, 176.0, 32.0), 0.72, 0.75
+FULL_GLOW = 3.0  # even shares of attention at which the glow is full, if none has more
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture of the page. attention: the picture, bright where the hidden word looks; fills: (word, probability),
+    """One picture of the page. attention: the picture, aglow where the hidden word looks; fills: (word, probability),
     best first."""
 
     kind: str
@@ -86,7 +88,7 @@ def examples(
     shown = [to_image(block, picture, transform) for picture in pictures]
     claims = _claims(model, tokenizer, image, chosen, kinds)
     return [
-        Example(kind, shown[i], spotlight(shown[i], maps[i].cpu().numpy()), masked, fills[i], claims[i])
+        Example(kind, shown[i], glow(shown[i], maps[i].cpu().numpy()), masked, fills[i], claims[i])
         for i, (kind, _, masked) in enumerate(chosen)
     ]
 
@@ -121,10 +123,11 @@ def to_image(block: Block, picture: int, transform: ImageTransform) -> Image.Ima
     return shown
 
 
-def spotlight(picture: Image.Image, attention: np.ndarray) -> Image.Image:
-    """The picture dimmed and greyed where `attention` [grid,grid] is low, unchanged where it is highest."""
-    heat = Image.fromarray((attention / attention.max()).astype(np.float32), mode="F")
-    light = np.asarray(heat.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
-    colours = np.asarray(picture, dtype=np.float32)
-    grey = colours.mean(-1, keepdims=True) * 0.25 + np.array([14.0, 18.0, 40.0])
-    return Image.fromarray((colours * light + grey * (1 - light)).clip(0, 255).astype(np.uint8))
+def glow(picture: Image.Image, attention: np.ndarray) -> Image.Image:
+    """The picture dimmed, with an amber glow where a patch gets more than an even share of `attention` [grid,grid]:
+    full at the highest, but not below three even shares, so that a word that looks everywhere makes no glow."""
+    excess = attention * attention.size - 1
+    heat = Image.fromarray((excess.clip(0) / max(FULL_GLOW - 1, excess.max())).astype(np.float32))
+    alpha = GLOW_STRENGTH * np.asarray(heat.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    dimmed = DIMMED * np.asarray(picture, dtype=np.float32)
+    return Image.fromarray((dimmed * (1 - alpha) + np.array(AMBER) * alpha).clip(0, 255).astype(np.uint8))

@@ -100,5 +100,6 @@ path.tone6 { stroke: var(--tone6); } circle.tone6 { fill: var(--tone6); } i.tone
 details { margin-top: 16px; } summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
   margin: 12px 0 0; }
+@media (max-width: 700px) { td.wide { min-width: 110px; } main { padding: 24px 14px 48px; } }
 footer { margin-top: 48px; font-size: 13px; color: var(--quiet); }
 """

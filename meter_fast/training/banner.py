@@ -76,7 +76,8 @@ def _engine(config: RunConfig, engine: Engine, world: World) -> str:
     if settings.compile:
         parts.append("compiled blocks")
     need = state_bytes(engine.state.numel(), settings.zero, world.size, settings.dtype)
-    parts.append(f"{need / 1e6:,.3g} MB a process for weights, gradients and optimizer")
+    amount = f"{need / 1e9:.3g} GB" if need > 1e9 else f"{need / 1e6:.3g} MB"
+    parts.append(f"{amount} a process for weights, gradients and optimizer")
     return ", ".join(parts)
 
 

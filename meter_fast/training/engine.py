@@ -33,7 +33,7 @@ def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
     if global_batch % at_once == 0:
         return global_batch // at_once
     micro = [m for m in range(1, global_batch // world_size + 1) if global_batch % (m * world_size) == 0]
-    near = sorted(sorted(micro, key=lambda m: abs(m - micro_batch))[:4])
+    near = sorted(sorted(micro, key=lambda m: abs(m - micro_batch))[:2])
     multiples = sorted({max(1, global_batch // at_once) * at_once, (global_batch // at_once + 1) * at_once})
     fits = f"engine.micro_batch={' or '.join(map(str, near))}, " if near else ""
     raise ConfigError(

@@ -145,5 +145,3 @@ def compare(out: str, cases: list[dict]) -> int:
     if world.is_main:
         Path(out).write_text(json.dumps(results))
     return 0
-
-

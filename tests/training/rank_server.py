@@ -1,6 +1,7 @@
-"""A process that has imported everything and forks the ranks of a run on request: imports cost ten seconds, a fork none.
+"""A process that has imported everything and forks the ranks on request: imports take ten seconds, forks none.
 
-Speaks JSON, a line a message. In: {"world": 2, "log": "FOLDER", "env": {}, "target": "module:function", "arguments": {}}.
+Speaks JSON, a line a message. In:
+    {"world": 2, "log": "FOLDER", "env": {}, "target": "module:function", "arguments": {}}
 Out: {"pids": [...]}, then {"rank": 0, "code": 0, "seconds": 1.2} as each ends, then {"done": true}. Each rank is a real
 process with the launcher's environment, its output in LOG/rank-N.log; it runs target(**arguments), an exit code.
 """

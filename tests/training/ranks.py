@@ -36,7 +36,11 @@ class RankServer:
     def __init__(self) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(HERE)}
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, str(HERE / "rank_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
         )
         self._said: queue.Queue[dict] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -52,8 +56,8 @@ class RankServer:
         env: dict[str, str] | None = None,
         **arguments,
     ) -> Ended:
-        """target(**arguments) on `world` ranks. `meanwhile` gets the process ids while they run. After `timeout` seconds
-        the rest is killed, and shows as exit code -9."""
+        """target(**arguments) on `world` ranks. `meanwhile` gets the process ids while they run. After `timeout`
+        seconds the rest is killed, and shows as exit code -9."""
         log.mkdir(parents=True, exist_ok=True)
         request = {"world": world, "log": str(log), "target": target, "arguments": arguments, "env": env or {}}
         assert self._process.stdin is not None

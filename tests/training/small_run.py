@@ -1,7 +1,8 @@
-"""A run small enough for tests: tables of little pictures, a model of a hundred thousand numbers. Helpers only, no tests."""
+"""A run small enough for tests: tables of little pictures, a model of 0.1 M parameters. Helpers only, no tests."""
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,23 @@ from safetensors.torch import load_file
 
 from meter_fast.data.tokenizer import train_tokenizer
 
-WORDS = "a red blue green small large circle square left right of above below two three one on white ground".split()
+WORDS = ["a", "red", "blue", "green", "small", "large", "circle", "square", "left", "of", "above", "two", "on", "white"]
 MODEL = [
-    "model.vision.width=32", "model.vision.layers=1", "model.vision.heads=2", "model.vision.image_size=32", "model.vision.patch_size=16",
+    "model.vision.width=32", "model.vision.layers=1", "model.vision.heads=2", "model.vision.image_size=32",
+    "model.vision.patch_size=16",
     "model.text.width=32", "model.text.layers=1", "model.text.heads=2", "model.text.ffn=64",
     "model.fusion.width=32", "model.fusion.heads=2", "model.fusion.layers=1",
 ]  # fmt: skip
+
+
+class Payload:
+    """What a malicious pickle holds: opening it would create a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
 
 
 def write_table(path: Path, pictures: int, first: int) -> None:
@@ -87,9 +99,9 @@ def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Equal names, equal bits."""
-    assert one.keys() == other.keys() and len(one) > 100
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], least: int = 150) -> None:
+    """Equal names, equal bits, and at least that many tensors."""
+    assert one.keys() == other.keys() and len(one) > least
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, different[:5]
 

@@ -2,26 +2,16 @@
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from small_run import Payload
 
 from meter_fast.training import checkpoint
 from meter_fast.training.checkpoint import CheckpointError, Reader, Writer
-
-
-class Payload:
-    """What a malicious pickle holds: opening it would create a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 def some_tensors() -> dict[tuple[str, str], torch.Tensor]:
@@ -172,7 +162,7 @@ def test_no_checkpoints_is_a_fresh_start_and_strangers_are_named(tmp_path):
 
 def test_the_write_probe_names_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write into .*file/run: Not a directory"):
+    with pytest.raises(CheckpointError, match=r"cannot write into .*file/run: Not a directory"):
         checkpoint.probe(tmp_path / "file" / "run", 0)
     with pytest.raises(CheckpointError, match=r"takes 1000000.00 GB .* free"):
         checkpoint.probe(tmp_path / "run", 10**15)

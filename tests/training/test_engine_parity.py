@@ -11,7 +11,10 @@ FP32 = [
     {"zero": zero, "dtype": "fp32", "accumulation": accumulation, "clip": clip}
     for zero, (accumulation, clip) in product(range(4), [(1, 0.0), (2, 0.5)])
 ]
-BF16 = [{"zero": zero, "dtype": "bf16", "accumulation": 2, "clip": 0.0, "steps": 10 if zero == 3 else 20} for zero in range(4)]
+BF16 = [
+    {"zero": zero, "dtype": "bf16", "accumulation": 2, "clip": 0.0, "steps": 10 if zero == 3 else 20}
+    for zero in range(4)
+]
 OFFLOAD = [
     {"zero": zero, "dtype": "bf16", "accumulation": 1, "clip": 0.0, "offload": "cpu", "steps": 6} for zero in (2, 3)
 ]
@@ -36,7 +39,9 @@ def worst(result) -> float:
 def test_losses_are_those_of_the_plain_loop(results):
     for result in results:
         assert min(result["reference"]) < result["reference"][0] - 0.2  # it learns, so wrong updates would show
-        assert worst(result) < TOLERANCE[result["dtype"]], {k: result[k] for k in ("zero", "dtype", "accumulation", "clip")}
+        assert worst(result) < TOLERANCE[result["dtype"]], {
+            k: result[k] for k in ("zero", "dtype", "accumulation", "clip")
+        }
 
 
 def test_weights_end_where_the_plain_loop_ends(results):

@@ -21,7 +21,10 @@ def test_adamw_updates_are_the_published_ones():
     golden = load_file(GOLDEN / "adamw.safetensors")
     w, b = (torch.nn.Parameter(golden[f"{name}.0"].clone()) for name in "wb")
     optimizer = AdamW(
-        [{"params": [w], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.0}], lr=0.01, betas=(0.9, 0.98), eps=1e-8
+        [{"params": [w], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.98),
+        eps=1e-8,
     )
     for i in range(6):
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What happens when something goes wrong in the middle: killed, asked to stop, stuck, not a number, no room, no data."""
+"""What happens when something goes wrong on the way: killed, asked to stop, stuck, not a number, no room, no data."""
 
 import json
 import os
@@ -46,9 +46,10 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, data, tmp_pa
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
-def test_a_signal_to_one_process_saves_together(ranks, data, tmp_path, undisturbed):
+@pytest.mark.parametrize("fault", ["terminated", "hung_up"])
+def test_a_signal_to_one_process_saves_together(ranks, data, tmp_path, undisturbed, fault):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault="terminated", at=2, on_rank=1).check(75)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault=fault, at=2, on_rank=1).check(75)
     assert "stopped after step 3" in ended.logs[0] and "Traceback" not in "".join(ended.logs)
     assert checkpoint.steps(run / "checkpoints") == [2, 3]
     go_on_and_compare(ranks, data, run, undisturbed)
@@ -90,7 +91,9 @@ def test_a_step_that_hangs_shows_stacks_and_ends(ranks, data, tmp_path):
     assert "most recent call first" in ended.logs[1] and "workers.py" in ended.logs[1]
 
 
-@pytest.mark.parametrize(("fault", "said"), [("not_a_number", "the loss of step 3"), ("infinite_gradient", "the gradient of")])
+@pytest.mark.parametrize(
+    ("fault", "said"), [("not_a_number", "the loss of step 3"), ("infinite_gradient", "the gradient of")]
+)
 @pytest.mark.parametrize("engine", [("engine.zero=0", "engine.dtype=fp32"), ("engine.zero=2", "engine.dtype=bf16")])
 def test_all_stop_together_when_one_is_not_finite(ranks, data, tmp_path, undisturbed, fault, said, engine):
     """The message names step, process and samples; no checkpoint holds the step."""

@@ -8,47 +8,45 @@ from ranks import RankServer
 from small_run import assert_same_bits, losses, samples, settings, tensors, worst
 
 import meter_fast
+from meter_fast.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
 ONE_BF16 = (1, ("engine.zero=2", "engine.dtype=bf16"))  # 2 micro-batches a step
 TWO_BF16 = (2, ("engine.zero=2", "engine.dtype=bf16", "engine.micro_batch=2", "model.text.dropout=0.1"))
-TWO_FP32 = (2, ("engine.zero=1", "engine.dtype=fp32", "engine.global_batch=12", "engine.micro_batch=2"))  # 3 micro-batches
-THREE = (2, ("engine.zero=3", "engine.dtype=bf16", "engine.micro_batch=4"))
+TWO_FP32 = (
+    2,
+    ("engine.zero=1", "engine.dtype=fp32", "engine.global_batch=12", "engine.micro_batch=2"),
+)  # 3 micro-batches
+THREE = (2, ("engine.zero=3", "engine.dtype=bf16", "engine.micro_batch=4", "model.fusion.dropout=0.1"))
 NONE_BF16 = (1, ("engine.zero=0", "engine.dtype=bf16", "optim.clip=0"))
 
 
-def copy_of_first_half(run: Path, to: Path, first: int = 10) -> None:
-    """What the run's directory held when it had done `first` steps and was then killed in the steps after."""
+def copy_of_first_half(run: Path, to: Path, half: int) -> None:
+    """What the run's directory held when it had saved after `half` steps, done two more and then been killed."""
     shutil.copytree(run, to)
-    for step in (20, 15):
-        shutil.rmtree(to / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
-    for path in (to / "export", to / "logs"):
-        shutil.rmtree(path)
+    for folder in (to / "checkpoints" / f"step-{2 * half:08d}", to / "export", to / "logs"):
+        shutil.rmtree(folder)
+    for path in to.glob("samples-*.jsonl"):
+        path.unlink()
+    (to / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").open().readlines()[: half + 2]))
+    assert checkpoint.steps(to / "checkpoints") == [half]
 
 
 @pytest.mark.parametrize(("world", "engine"), [ONE_BF16, TWO_BF16, TWO_FP32, THREE, NONE_BF16])
 def test_ten_and_ten_steps_are_twenty_bit_for_bit(ranks: RankServer, data: Path, tmp_path: Path, world, engine):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    chosen = settings(data, *engine)
+    half = 3 if engine is THREE[1] else 10  # stage 3 is slow where there is no GPU
+    chosen = settings(data, f"run.max_steps={2 * half}", f"run.save_every={half}", *engine)
     ranks.train(world, whole, chosen).check()
-    copy_of_first_half(whole, parts)
-    (parts / "metrics.jsonl").write_text("".join((whole / "metrics.jsonl").open().readlines()[:13]))  # died at step 13
-    assert (parts / "checkpoints" / "step-00000010").is_dir()
-    for path in parts.glob("samples-*.jsonl"):
-        path.unlink()
+    copy_of_first_half(whole, parts, half)
     ranks.train(world, parts, chosen).check()
-    assert list(samples(parts, world)) == list(range(10, 20))
+    assert list(samples(parts, world)) == list(range(half, 2 * half))
     assert samples(whole, world).items() >= samples(parts, world).items()
-    assert losses(parts) == losses(whole) and len(losses(whole)) == 20
-    assert_same_bits(tensors(parts, 20), tensors(whole, 20))
-    exported = meter_fast.load(parts).state_dict()
-    assert_same_bits({f"weight/{n}": t for n, t in exported.items()} | others(parts), tensors(whole, 20))
-
-
-def others(run: Path):
-    """The moments of a run's last checkpoint."""
-    return {name: t for name, t in tensors(run, 20).items() if not name.startswith("weight/")}
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 2 * half
+    assert_same_bits(tensors(parts, 2 * half), tensors(whole, 2 * half))
+    exported = {f"weight/{name}": tensor for name, tensor in meter_fast.load(parts).state_dict().items()}
+    assert_same_bits(exported, {n: t for n, t in tensors(whole, 2 * half).items() if n.startswith("weight/")}, least=60)
 
 
 def test_another_number_of_processes_sees_the_same_samples(ranks: RankServer, data: Path, tmp_path: Path):
@@ -73,12 +71,12 @@ def test_another_number_of_processes_sees_the_same_samples(ranks: RankServer, da
 def test_another_zero_stage_goes_on(ranks: RankServer, data: Path, tmp_path: Path):
     """Stage 2 -> 3 -> 1 on two processes in bf16, against all at stage 2."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common = settings(data, "engine.dtype=bf16", "engine.micro_batch=4", "run.max_steps=12", "run.save_every=4")
+    common = settings(data, "engine.dtype=bf16", "engine.micro_batch=4", "run.max_steps=6", "run.save_every=2")
     ranks.train(2, whole, [*common, "engine.zero=2"]).check()
-    for stage, stop in ((2, 4), (3, 8), (1, 12)):
+    for stage, stop in ((2, 2), (3, 4), (1, 6)):
         argv = ["pretrain", "size=tiny", f"run.dir={parts}", *common, f"engine.zero={stage}"]
         ended = ranks.run(2, parts / f"logs-{stage}", "workers:train_until", end=stop, argv=argv)
-        ended.check(0 if stop == 12 else 75)
+        ended.check(0 if stop == 6 else 75)
     assert samples(parts, 2) == samples(whole, 2)
     assert worst(losses(parts), losses(whole)) < 1e-3
 
@@ -97,3 +95,27 @@ def test_weights_only_start(ranks: RankServer, data: Path, tmp_path: Path):
         assert before["weight/vision.pos_embed"].shape != after["weight/vision.pos_embed"].shape
         same = [n for n in before if n.startswith("weight/") and "pos_embed" not in n]
         assert all(before[n].equal(after[n]) for n in same)  # the one step of a warm-up has rate 0
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_what_no_objective_reaches_stays_as_it_is(ranks: RankServer, data: Path, tmp_path: Path, zero):
+    """MLM alone leaves the ITM head and the last image layer without a gradient: no decay either, and all is saved."""
+    run = tmp_path / "run"
+    chosen = settings(
+        data, "objectives.names=mlm", f"engine.zero={zero}", "engine.dtype=fp32", "optim.lr=0.1",
+        "optim.weight_decay=0.5",
+        "optim.warmup=0", "run.max_steps=4", "run.save_every=2",
+    )  # fmt: skip
+    ended = ranks.train(2, run, chosen).check()
+    assert "frozen, as no objective reaches them" in ended.logs[0]
+    early, late = tensors(run, 2), tensors(run, 4)
+    frozen = [name for name in late if name.startswith("frozen/")]
+    assert {"frozen/itm_head.weight", "frozen/fusion.image_pooler.dense.weight"} <= set(frozen)
+    assert not any(name.endswith("mlm_head.decoder.weight") for name in frozen)
+    assert all(early[name].equal(late[name]) for name in frozen)
+    assert not early["weight/mlm_head.decoder.weight"].equal(late["weight/mlm_head.decoder.weight"])
+    exported = meter_fast.load(run).state_dict()
+    assert exported["itm_head.weight"].equal(late["frozen/itm_head.weight"])
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    ranks.train(2, run, chosen).check()
+    assert_same_bits(tensors(run, 4), late, least=60)

@@ -65,7 +65,9 @@ def not_a_number(at: int) -> None:
         seen[0] += self.training
         if seen[0] != at + 1 or not self.training:
             return losses
-        return Losses(losses.loss * float("nan"), {n: v * float("nan") for n, v in losses.parts.items()}, losses.metrics)
+        return Losses(
+            losses.loss * float("nan"), {n: v * float("nan") for n, v in losses.parts.items()}, losses.metrics
+        )
 
     Pretraining.forward = poisoned
 
@@ -146,6 +148,7 @@ def killed_when_renaming(at: int) -> None:
 FAULTS = {
     "killed": before_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "terminated": before_step(lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "hung_up": before_step(lambda: os.kill(os.getpid(), signal.SIGHUP)),
     "asleep": before_step(lambda: time.sleep(600)),
     "not_a_number": not_a_number,
     "infinite_gradient": infinite_gradient,

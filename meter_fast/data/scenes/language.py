@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from meter_fast.data.scenes.world import COLOURS, SHAPES, Scene, Thing
+from meter_fast.data.scenes.world import COLOURS, GRID, SHAPES, Scene, Thing
 
 COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -22,6 +22,7 @@ WORD_KINDS: dict[str, tuple[str, ...]] = {
     "count": tuple(COUNTS),
     "relation": tuple(RELATIONS),
 }
+MIDDLE = (GRID / 2, GRID / 2)
 CLEAR = 0.5  # cells: how much further a thing must be for "further left than" to be said
 
 
@@ -65,16 +66,17 @@ class Count:
 
 @dataclass(frozen=True)
 class Relation:
+    """One thing is further left, right, up or down than another, or than the middle of the picture (`second` None)."""
+
     first: Description
     relation: str
-    second: Description
+    second: Description | None
 
     def true_of(self, scene: Scene) -> bool:
         dx, dy = RELATIONS[self.relation]
+        others = [(t.x, t.y) for t in scene.things if self.second.fits(t)] if self.second else [MIDDLE]
         return any(
-            (a.x - b.x) * dx + (a.y - b.y) * dy > CLEAR
-            for a in filter(self.first.fits, scene.things)
-            for b in filter(self.second.fits, scene.things)
+            (a.x - x) * dx + (a.y - y) * dy > CLEAR for a in filter(self.first.fits, scene.things) for x, y in others
         )
 
 
@@ -98,7 +100,7 @@ def exchanges(statement: Statement) -> list[Statement]:
         ]
     return (
         [replace(statement, first=d) for d in of(statement.first)]
-        + [replace(statement, second=d) for d in of(statement.second)]
+        + [replace(statement, second=d) for d in (of(statement.second) if statement.second else ())]
         + [replace(statement, relation=r) for r in RELATIONS if r != statement.relation]
     )
 
@@ -109,7 +111,7 @@ def determined(statement: Statement, scene: Scene) -> bool:
 
 
 def candidates(scene: Scene, rng: np.random.Generator) -> list[Statement]:
-    """Statements to try on a scene, in random order: relations of every two things, counts, presences."""
+    """Statements to try on a scene, in random order: relations to each other and the middle, counts, presences."""
     found: list[Statement] = []
     things = scene.things
     for a in things:
@@ -118,9 +120,10 @@ def candidates(scene: Scene, rng: np.random.Generator) -> list[Statement]:
                 first = Description(a.colour, a.shape, a.size if rng.random() < 0.25 else None)
                 second = Description(b.colour, b.shape, b.size if rng.random() < 0.25 else None)
                 found += [Relation(first, relation, second) for relation in RELATIONS]
-    for colour, shape in {(t.colour, t.shape): None for t in things}:
-        found += [Count(count, colour, shape) for count in COUNTS]
     for thing in things:
+        found += [Relation(Description(thing.colour, thing.shape), relation, None) for relation in RELATIONS]
+    for thing in {(t.colour, t.shape): t for t in things}.values():
+        found += [Count(count, thing.colour, thing.shape) for count in COUNTS]
         size = thing.size if rng.random() < 0.5 else None
         background = scene.background if rng.random() < 0.5 else None
         found.append(Presence(Description(thing.colour, thing.shape, size), background))
@@ -137,10 +140,10 @@ COUNT = (
     "exactly {count} {things}",
 )
 RELATION = (
-    "a {first} further {relation} than a {second}",
-    "there is a {first} further {relation} than a {second}",
-    "a {first} is further {relation} than a {second}",
-    "the {first} is further {relation} than the {second}",
+    "a {first} further {relation} than {second}",
+    "there is a {first} further {relation} than {second}",
+    "a {first} is further {relation} than {second}",
+    "the {first} is further {relation} than {second}",
 )
 CLAUSES = 2  # the first frames of each also read well after "in the left picture"
 
@@ -157,6 +160,5 @@ def phrase(statement: Statement, rng: np.random.Generator, clause: bool = False)
         return where.format(sentence, background=statement.background) if statement.background else sentence
     if isinstance(statement, Count):
         return frame(COUNT).format(count=statement.count, things=f"{statement.colour} {plural(statement.shape)}")
-    return frame(RELATION).format(
-        first=statement.first.words(), relation=statement.relation, second=statement.second.words()
-    )
+    second = f"a {statement.second.words()}" if statement.second else "the middle"
+    return frame(RELATION).format(first=statement.first.words(), relation=statement.relation, second=second)

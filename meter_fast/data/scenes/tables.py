@@ -103,7 +103,7 @@ def caption_rows(pool: list[Told], split: str, rng: np.random.Generator) -> Iter
 def _sayable(statement: say.Statement) -> bool:
     """Names no held-out combination: of training pictures it could only be false, so its words would tell the label."""
     if isinstance(statement, say.Relation):
-        named = [statement.first, statement.second]
+        named = [d for d in (statement.first, statement.second) if d]
     else:
         named = [statement.thing if isinstance(statement, say.Presence) else statement]
     return all((d.colour, d.shape) not in NOVEL_COMBINATIONS for d in named)
@@ -120,8 +120,8 @@ def _yes_no(statement: say.Statement, scene: Scene, rng: np.random.Generator) ->
     elif isinstance(statement, say.Count):
         question = f"are there exactly {statement.count} {statement.colour} {say.plural(statement.shape)}?"
     else:
-        first, second = statement.first.words(), statement.second.words()
-        question = f"is the {first} further {statement.relation} than the {second}?"
+        second = statement.second.words() if statement.second else "middle"
+        question = f"is the {statement.first.words()} further {statement.relation} than the {second}?"
     return question, "yes" if statement.true_of(scene) else "no"
 
 

@@ -25,6 +25,7 @@ SIZES = {"small": 0.28, "large": 0.42}  # half the width, in cells
 BACKGROUNDS = {"black": (12, 12, 14), "grey": (52, 54, 60), "navy": (16, 24, 60)}
 CURTAIN = ((120, 80, 50), (160, 112, 72))
 JITTER = 0.07  # cells; small against half a cell, so that "same row" and "same column" stay clear
+PAIRS = 0.6  # share of scenes that show single things; the others show a group of things alike
 EXTRA = 0.3  # share of scenes with one more thing than the text is mostly about
 OVERSAMPLING = 4  # drawn larger and reduced: edges are smooth at 64 px
 
@@ -75,14 +76,14 @@ def _place(rng: np.random.Generator, cell: int, combination: tuple[str, str], si
 
 
 def sample_scene(rng: np.random.Generator, novel: bool = False) -> Scene:
-    """Half of the scenes hold two single things that share a row or a column, half a group of two to four alike; some
-    hold one more thing. With `novel`, one of the combinations shown is a held-out one."""
+    """Most scenes hold two single things that share a row or a column, others a group of two to four alike; some hold
+    one more thing. With `novel`, one of the combinations shown is a held-out one."""
     background = _pick(rng, tuple(BACKGROUNDS))
     first = _combination(rng, novel)
     second = first
     while second == first:
         second = _combination(rng, False)
-    if rng.random() < 0.5:
+    if rng.random() < PAIRS:
         line, (a, b) = int(rng.integers(GRID)), rng.permutation(GRID)[:2]
         cells = [line * GRID + a, line * GRID + b] if rng.random() < 0.5 else [a * GRID + line, b * GRID + line]
         combinations = [first, second]
