@@ -111,9 +111,17 @@ def fit(run: Run) -> int:
                 run.monitor.message(f"stopped after step {step} ({run.stop.reason or 'another process was asked'}); "
                                     f"the same command goes on from here")  # fmt: skip
                 return EXIT_INTERRUPTED
-            record = run.engine.step(step, batches, news.masked)
+            record = advance(run, step, batches, news.masked)
     finish(run)
     return EXIT_DONE
+
+
+def advance(run: Run, step: int, batches: list[PretrainBatch], masked: float) -> StepRecord:
+    """One optimizer step. Whatever goes wrong in here is no mistake of the user's, so it keeps its stack."""
+    try:
+        return run.engine.step(step, batches, masked)
+    except (ValueError, OSError) as error:
+        raise RuntimeError(f"step {step} failed") from error
 
 
 def fetch(steps: Iterator[list[PretrainBatch]]) -> tuple[list[PretrainBatch], ValueError | OSError | None]:

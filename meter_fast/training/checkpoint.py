@@ -6,6 +6,7 @@ Knows folders, hashes and safetensors. Knows nothing of models, DeepSpeed or ran
         weight-000.safetensors ...      fp32 master weights by parameter name, split into files of bounded size
         exp_avg-000.safetensors ...     Adam's moments by parameter name
         exp_avg_sq-000.safetensors ...
+        frozen-000.safetensors ...      what is not trained, if anything
         state.json                      step, configuration, versions, counts
         manifest.json                   size and sha256 of each file above, and of itself
 

@@ -64,6 +64,12 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: 
     return b"\x89PNG\r\n\x1a\n" + head + middle + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def with_thumbnail(jpeg: bytes, small: np.ndarray) -> bytes:
+    """The JPEG with a whole small one, end marker and all, in a segment before its own frame."""
+    body = b"thumbnail\0" + encode(small)
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
 def patch_frame(jpeg: bytes, offset: int, value: bytes) -> bytes:
     """Overwrite bytes of a baseline JPEG's frame header; offset 4 is the precision, 5 the height, 7 the width."""
     at = jpeg.index(b"\xff\xc0") + offset
@@ -78,8 +84,6 @@ def usable() -> dict[str, bytes]:
     frames = [Image.fromarray(smooth(50, 40, seed=seed)) for seed in range(3)]
     rotated = Image.Exif()
     rotated[0x0112] = 6
-    thumbnail = Image.Exif()
-    thumbnail[0x010E] = encode(small).decode("latin-1")
     palette = Image.fromarray(picture).quantize(16)
     gray16 = struct.pack(">30H", *range(0, 60000, 2000))
     rows16 = b"".join(b"\0" + gray16[at : at + 12] for at in range(0, 60, 12))
@@ -95,7 +99,7 @@ def usable() -> dict[str, bytes]:
         "gray JPEG": encode(smooth(90, 70, 1)),
         "CMYK JPEG": encode(Image.fromarray(picture).convert("CMYK")),
         "JPEG with EXIF rotation": encode(picture, exif=rotated),
-        "JPEG with a thumbnail": encode(picture, exif=thumbnail),
+        "JPEG with a thumbnail": with_thumbnail(encode(picture), small),
         "multi-picture JPEG": encode(frames[0], "MPO", save_all=True, append_images=frames[1:]),
         "PNG": encode(picture, "PNG"),
         "gray PNG": encode(smooth(90, 70, 1), "PNG"),
@@ -124,9 +128,7 @@ def usable() -> dict[str, bytes]:
 def unusable() -> dict[str, tuple[bytes, str]]:
     """Files that must be refused, each with the cause."""
     jpeg, picture = encode(smooth(101, 70)), smooth(101, 70)
-    rotated = Image.Exif()
-    rotated[0x010E] = encode(smooth(20, 20)).decode("latin-1")
-    with_thumbnail = encode(picture, exif=rotated)
+    thumbnailed = with_thumbnail(jpeg, smooth(20, 20))
     whole_png, webp = encode(picture, "PNG"), encode(picture, "WEBP")
     flat = png(8, 8, 8, 0, bytes(72))
     return {
@@ -136,7 +138,7 @@ def unusable() -> dict[str, tuple[bytes, str]]:
         "zeros": (bytes(5000), "not an image"),
         "one byte": (b"\xff", "not an image"),
         "truncated JPEG": (jpeg[: len(jpeg) // 2], "truncated"),
-        "truncated JPEG with a whole thumbnail": (with_thumbnail[: len(with_thumbnail) - 500], "truncated"),
+        "truncated JPEG with a whole thumbnail": (thumbnailed[:-500], "truncated"),
         "JPEG cut in its header": (jpeg[:100], "truncated"),
         "JPEG of three bytes": (jpeg[:3], "truncated"),
         "truncated PNG": (whole_png[: len(whole_png) // 2], "truncated"),

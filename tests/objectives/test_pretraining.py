@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain_form import small_batch, small_model
+from small_case import small_batch, small_model
 from torch import nn
 
 from meter_fast.objectives.pretraining import Pretraining, Totals

@@ -4,9 +4,10 @@ saved."""
 import pytest
 import torch
 from golden_cases import relative
-from plain_form import plain_losses, small_batch, small_model
+from small_case import small_batch, small_model
 from torch import Tensor, nn
 
+from benchmarks.plain import plain_losses
 from meter_fast.models.meter import Meter, Need, Part
 from meter_fast.objectives.pretraining import Pretraining
 

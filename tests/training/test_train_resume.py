@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import RankServer
 from small_run import assert_same_bits, losses, samples, settings, tensors, worst
 
 import meter_fast
+from meter_fast.interop import to_meter
 from meter_fast.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -82,15 +84,17 @@ def test_another_zero_stage_goes_on(ranks: RankServer, data: Path, tmp_path: Pat
 
 
 def test_weights_only_start(ranks: RankServer, data: Path, tmp_path: Path):
-    """run.init from a checkpoint and from an export, at a larger picture: the weights, not the step."""
+    """run.init from a checkpoint, an export and a published file, for larger pictures: the weights, not the step."""
     first = tmp_path / "first"
     short = settings(data, "engine.dtype=fp32", "run.max_steps=2")
     ranks.train(1, first, short).check()
-    for name, given in (("a", first / "checkpoints" / "step-00000002"), ("b", first / "export")):
+    published = tmp_path / "published.ckpt"
+    torch.save({"state_dict": to_meter(meter_fast.load(first)), "epoch": 3}, published)
+    for name, given in (("a", first / "checkpoints" / "step-00000002"), ("b", first / "export"), ("c", published)):
         again = tmp_path / name
         more = [f"run.init={given}", "model.vision.image_size=48", "run.max_steps=1", "optim.warmup=1"]
         ended = ranks.train(1, again, [*short, *more]).check()
-        assert "resized: vision.pos_embed from 5 to 10 rows" in ended.logs[0]
+        assert "from 5 to 10 rows" in ended.logs[0]
         before, after = tensors(first, 2), tensors(again, 1)
         assert before["weight/vision.pos_embed"].shape != after["weight/vision.pos_embed"].shape
         same = [n for n in before if n.startswith("weight/") and "pos_embed" not in n]

@@ -25,8 +25,9 @@ SIZES = {"small": 0.28, "large": 0.42}  # half the width, in cells
 BACKGROUNDS = {"black": (12, 12, 14), "grey": (52, 54, 60), "navy": (16, 24, 60)}
 CURTAIN = ((120, 80, 50), (160, 112, 72))
 JITTER = 0.07  # cells; small against half a cell, so that "same row" and "same column" stay clear
-PAIRS = 0.6  # share of scenes that show single things; the others show a group of things alike
-EXTRA = 0.3  # share of scenes with one more thing than the text is mostly about
+LAYOUTS = {"single": 0.3, "pair": 0.4, "group": 0.3}  # shares of the kinds of scene
+SIDES = (1, 3, 5, 7)  # cells that are further to one side only than the middle
+EXTRA = 0.3  # share of pairs and groups with one more thing beside them
 OVERSAMPLING = 4  # drawn larger and reduced: edges are smooth at 64 px
 
 # Never drawn for training: what a model says of these shows whether colour and shape were learned apart.
@@ -76,32 +77,33 @@ def _place(rng: np.random.Generator, cell: int, combination: tuple[str, str], si
 
 
 def sample_scene(rng: np.random.Generator, novel: bool = False) -> Scene:
-    """Most scenes hold two single things that share a row or a column, others a group of two to four alike; some hold
-    one more thing. With `novel`, one of the combinations shown is a held-out one."""
+    """A single thing, or a pair of different things that share a row or a column, or a group of two to four alike, by
+    the shares in `LAYOUTS`; pairs and groups may have one more thing beside them. With `novel`, one of the combinations
+    shown is a held-out one."""
     background = _pick(rng, tuple(BACKGROUNDS))
-    first = _combination(rng, novel)
-    second = first
-    while second == first:
-        second = _combination(rng, False)
-    if rng.random() < PAIRS:
-        line, (a, b) = int(rng.integers(GRID)), rng.permutation(GRID)[:2]
+    combinations = [_combination(rng, novel)]
+    while len(combinations) < 3:
+        other = _combination(rng, False)
+        if other not in combinations:
+            combinations.append(other)
+    layout = rng.choice(list(LAYOUTS), p=list(LAYOUTS.values()))
+    if layout == "single":
+        cells = [_pick(rng, SIDES) if rng.random() < 0.75 else int(rng.integers(GRID * GRID))]
+        shown = combinations[:1]
+    elif layout == "pair":
+        line, (a, b) = int(rng.integers(GRID)), rng.permutation(GRID)[:2].tolist()
         cells = [line * GRID + a, line * GRID + b] if rng.random() < 0.5 else [a * GRID + line, b * GRID + line]
-        combinations = [first, second]
-        if rng.random() < EXTRA:
-            third = _combination(rng, False)
-            while third in combinations:
-                third = _combination(rng, False)
-            combinations.append(third)
-            cells.append(_pick(rng, [c for c in range(GRID * GRID) if c not in cells]))
-        things = [_place(rng, c, p, _pick(rng, tuple(SIZES))) for c, p in zip(cells, combinations)]
+        shown = combinations[:2]
     else:
         count = int(rng.integers(2, 5))
-        extra = int(rng.random() < EXTRA)
-        cells = rng.permutation(GRID * GRID)[: count + extra]
-        size = _pick(rng, tuple(SIZES))
-        things = [_place(rng, c, first, size) for c in cells[:count]]
-        things += [_place(rng, c, second, _pick(rng, tuple(SIZES))) for c in cells[count:]]
-    return Scene(background, tuple(things))
+        cells = rng.permutation(GRID * GRID)[:count].tolist()
+        shown = combinations[:1] * count
+    if layout != "single" and rng.random() < EXTRA:
+        cells.append(_pick(rng, [c for c in range(GRID * GRID) if c not in cells]))
+        shown = [*shown, combinations[2]]
+    alike = _pick(rng, tuple(SIZES))
+    sizes = [alike if layout == "group" else _pick(rng, tuple(SIZES)) for _ in shown]
+    return Scene(background, tuple(_place(rng, *thing) for thing in zip(cells, shown, sizes)))
 
 
 def cover(scene: Scene, rng: np.random.Generator) -> Scene:

@@ -1,27 +1,10 @@
-"""Pre-training without any saving, the oracle of the tests: two whole passes, logits at every position, full last
-layers."""
+"""A small random model and batch for the tests of the objectives. Helpers only, no tests."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.meter import Meter
-
-
-def plain_losses(model: Meter, batch: PretrainBatch) -> dict[str, Tensor]:
-    """MLM and ITM losses as the paper writes them."""
-    mask = batch.text_mask
-    image, text = model.encode_image(batch.images), model.encode_text(batch.masked_ids, mask)
-    logits = model.mlm_head(model.fuse(text, image, mask).text)
-    labels = torch.full_like(batch.text_ids, -100).flatten()
-    labels[batch.masked_rows] = batch.masked_labels
-    mlm = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100)
-    pictures = batch.images if batch.false_images is None else torch.cat([batch.images, batch.false_images])
-    image, text = model.encode_image(pictures[batch.itm_images]), model.encode_text(batch.text_ids, mask)
-    itm = F.cross_entropy(model.itm_head(model.fuse(text, image, mask).cls).float(), batch.itm_labels)
-    return {"mlm": mlm, "itm": itm}
 
 
 def small_model(text: str = "bert", fusion_layers: int = 2, dropout: float = 0.0) -> Meter:
