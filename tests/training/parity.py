@@ -134,6 +134,7 @@ def compare(out: str, cases: list[dict]) -> int:
         engine = EngineConfig(
             zero=case["zero"], dtype=case["dtype"], offload=case.get("offload", "none"), global_batch=PAIRS,
             micro_batch=PAIRS // world.size // case["accumulation"],
+            activation_checkpointing=case.get("activation_checkpointing", False),
             ds_config=str(path) if case["zero"] == 3 and "offload" not in case else "",
         )  # fmt: skip
         found = by_engine(replace(configuration(case["clip"]), engine=engine), world, case.get("steps", STEPS))

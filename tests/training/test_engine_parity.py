@@ -18,6 +18,10 @@ BF16 = [
 OFFLOAD = [
     {"zero": zero, "dtype": "bf16", "accumulation": 1, "clip": 0.0, "offload": "cpu", "steps": 6} for zero in (2, 3)
 ]
+RECOMPUTED = [
+    {"zero": zero, "dtype": "fp32", "accumulation": 1, "clip": 0.0, "activation_checkpointing": True, "steps": 6}
+    for zero in (2, 3)
+]
 # Largest relative difference of the loss: fp32 differs by the order of additions, bf16 by rounding of weights and
 # activations to 8 bits. Seen while the loss falls from 5.3 to 3.5: 2e-7 and 2e-3.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
@@ -27,7 +31,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 def results(request, ranks, tmp_path_factory):
     """All cases in one start of the processes; the worst loss difference is printed with -s."""
     out = tmp_path_factory.mktemp("parity") / "results.json"
-    cases = FP32 + (BF16 + OFFLOAD if request.param == 2 else BF16[:2])
+    cases = FP32 + (BF16 + OFFLOAD + RECOMPUTED if request.param == 2 else BF16[:2])
     ranks.run(request.param, out.parent, "parity:compare", out=str(out), cases=cases, timeout=400).check()
     return json.loads(out.read_text())
 
@@ -46,7 +50,7 @@ def test_losses_are_those_of_the_plain_loop(results):
 
 def test_weights_end_where_the_plain_loop_ends(results):
     for result in results:
-        if result["dtype"] == "fp32":
+        if result["dtype"] == "fp32" and len(result["losses"]) == 20:
             assert result["weights"] < 1e-5, result
 
 
