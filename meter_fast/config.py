@@ -53,7 +53,7 @@ class ObjectivesConfig:
 
     names: tuple[Literal["mlm", "itm"], ...] = ("mlm", "itm")
     mlm_probability: float = 0.15
-    masking: Literal["token", "whole_word", "whole_word_published"] = "token"
+    masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
 
 

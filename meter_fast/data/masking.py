@@ -12,7 +12,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # BERT, section 3.1; the rest keep their token
-KINDS = ("token", "whole_word_published", "whole_word")
+KINDS = ("token", "whole_word_published", "whole_word", "content_word")
+# Words that the words around them give away; words of place and direction ("up", "left") are not among them.
+_FUNCTION_WORDS = """
+a an the this that these those it its they them their he she his her we you i there here
+is are was were be been being am has have had do does did will would can could may might shall should
+and or but if as than then so of to by for from with at on in into onto
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 _LETTER, _DIGIT, _OTHER, _BEFORE, _AFTER, _SPACE = 0, 1, 2, -1, -2, -3
 
 
@@ -23,8 +30,8 @@ class Vocabulary:
     special [S] bool: never hidden (also the unknown token: nothing could be learnt from it). Word borders: a token
     begins a word where `begins` [S] bool says so, or where the class of its first character, `first` [S] int8, differs
     from the class of the last character of the token before, `last` [S] int8 (a token that is only the space before a
-    word goes with any). pieces [S] bool: "##" pieces; sentence
-    [S] bool: [CLS] and [SEP].
+    word goes with any). pieces [S] bool: "##" pieces; sentence [S] bool: [CLS] and [SEP]; function [S] bool: a function
+    word by itself.
     """
 
     size: int
@@ -35,19 +42,21 @@ class Vocabulary:
     last: np.ndarray
     pieces: np.ndarray
     sentence: np.ndarray
+    function: np.ndarray
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     """Tabulate a vocabulary. WordPiece marks what continues a word ("##"), byte-level BPE what begins one."""
     tokens = tokenizer.get_vocab()
     size = max(max(tokens.values()) + 1, len(tokenizer))
-    special, begins, pieces, sentence = (np.zeros(size, bool) for _ in range(4))
+    special, begins, pieces, sentence, function = (np.zeros(size, bool) for _ in range(5))
     first, last = np.zeros(size, np.int8), np.zeros(size, np.int8)
     special[tokenizer.all_special_ids] = True
     marks_space = any(token.startswith(("Ġ", "▁")) for token in tokens)
     for token, index in tokens.items():
         pieces[index] = token.startswith("##") and not marks_space
         sentence[index] = token in ("[CLS]", "[SEP]")
+        function[index] = token.lstrip("Ġ▁").lower() in FUNCTION_WORDS
         if special[index]:
             begins[index], first[index], last[index] = True, _AFTER, _BEFORE
         elif marks_space:
@@ -56,7 +65,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
             last[index] = _SPACE if token in ("Ġ", "▁") else _character_class(token[-1:])
         else:
             begins[index] = not pieces[index]
-    return Vocabulary(size, tokenizer.mask_token_id, special, begins, first, last, pieces, sentence)
+    return Vocabulary(size, tokenizer.mask_token_id, special, begins, first, last, pieces, sentence, function)
 
 
 def _character_class(character: str) -> int:
@@ -82,6 +91,19 @@ def choose_whole_words(
     """
     words = word_numbers(ids, vocabulary)
     return np.flatnonzero((generator.random(len(ids)) < probability)[words] & ~vocabulary.special[ids])
+
+
+def choose_content_words(
+    ids: np.ndarray, vocabulary: Vocabulary, probability: float, generator: np.random.Generator
+) -> np.ndarray:
+    """As `choose_whole_words`, but function words are left alone: what is hidden then depends more on the picture.
+
+    Source: Bitton et al. 2021, "Data Efficient Masked Language Modeling for Vision and Language", content words.
+    """
+    words = word_numbers(ids, vocabulary)
+    alone = np.bincount(words)[words] == 1
+    chosen = (generator.random(len(ids)) < probability)[words]
+    return np.flatnonzero(chosen & ~vocabulary.special[ids] & ~(alone & vocabulary.function[ids]))
 
 
 def word_numbers(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

@@ -46,7 +46,8 @@ class TextPipeline:
     """Tokenise, mask and pad the captions of one run.
 
     max_length: longest text in tokens, special tokens included (METER: 50 for pre-training). masking: "token",
-    "whole_word_published" or "whole_word" (see masking.py). probability: share of tokens that are hidden.
+    "whole_word_published", "whole_word" or "content_word" (see masking.py). probability: share of these that are
+    hidden.
     Raises ValueError for an unknown masking, a probability outside 0..1 or a max_length below 3.
     """
 
@@ -94,6 +95,8 @@ class TextPipeline:
             positions = masks.choose_tokens(array, self.vocabulary, self.probability, generator)
         elif self.masking == "whole_word":
             positions = masks.choose_whole_words(array, self.vocabulary, self.probability, generator)
+        elif self.masking == "content_word":
+            positions = masks.choose_content_words(array, self.vocabulary, self.probability, generator)
         else:
             positions = masks.choose_whole_words_published(
                 array, self.vocabulary, self.probability, self.max_length, generator
