@@ -9,6 +9,7 @@ process with the launcher's environment, its output in LOG/rank-N.log; it runs t
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,6 +23,7 @@ def serve() -> None:
     import meter_fast.train  # noqa: F401
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, whose choice the trainer respects
     say({"ready": True})
     for line in sys.stdin:
         run(json.loads(line))

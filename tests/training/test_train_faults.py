@@ -74,7 +74,7 @@ def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tm
         wait_until(lambda: max(losses(run)) > step + 2)
         os.kill(pids[1], signal.SIGSTOP)  # so that the first request cannot be answered
         stop(pids[0], signal.SIGTERM)
-        time.sleep(2.5)
+        time.sleep(5)
         stop(pids[0], signal.SIGTERM)
         stop(pids[1], signal.SIGKILL)
 
