@@ -1,5 +1,9 @@
 """Fixtures that several test folders share. Its place also puts this folder on the import path (see golden_cases)."""
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run without a GPU
+
 import pytest
 import torch
 from golden_cases import GOLDEN_CASES, GoldenCase, load_case
