@@ -129,7 +129,7 @@ def base() -> ModelConfig:
 def tiny(vocab_size: int = 1024) -> ModelConfig:
     """2 M parameters, which a CPU trains in minutes on scenes of 96 px: one patch for each cell of their grid."""
     return ModelConfig(
-        vision=VisionConfig(width=128, layers=3, heads=2, patch_size=32, image_size=96, position_std=1.0),
+        vision=VisionConfig(width=128, layers=3, heads=2, patch_size=32, image_size=96, position_std=2.0),
         text=TextConfig(
             name="bert", width=128, layers=1, heads=4, ffn=512, vocab_size=vocab_size, max_positions=64, token_types=2,
             eps=1e-12, dropout=0.0, pad_id=0,

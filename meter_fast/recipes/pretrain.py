@@ -94,7 +94,7 @@ def tiny() -> RunConfig:
             mlm_probability=0.5,  # of content words: captions have few
         ),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=5e-4,  # at 1e-3 the picture's content drowns its positions before they are of use
             head_multiplier=1.0,
             cross_modal_multiplier=1.0,
             warmup=200,

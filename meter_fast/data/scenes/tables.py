@@ -46,16 +46,22 @@ class Told:
     image: bytes
 
 
+def _kind(statement: say.Statement) -> str:
+    if isinstance(statement, say.Relation):
+        return "place" if statement.second is None else "relation"
+    return "count" if isinstance(statement, say.Count) else "presence"
+
+
 def _determined(scene: Scene, rng: np.random.Generator) -> tuple[say.Statement, ...]:
-    """The determined statements of a scene in the order they are told: kinds take turns, relations come twice a turn,
-    as they are the hardest to learn and there are most of them."""
-    by_kind: dict[type, list[say.Statement]] = {}
+    """The determined statements of a scene in the order they are told: kinds take turns, where a thing is comes twice a
+    turn, as all that is said of directions rests on it."""
+    by_kind: dict[str, list[say.Statement]] = {}
     for statement in say.candidates(scene, rng):
         if say.determined(statement, scene):
-            by_kind.setdefault(type(statement), []).append(statement)
+            by_kind.setdefault(_kind(statement), []).append(statement)
     told: list[say.Statement] = []
     while any(by_kind.values()):
-        for kind in (say.Relation, say.Count, say.Relation, say.Presence):
+        for kind in ("place", "count", "presence", "place", "relation"):
             if by_kind.get(kind):
                 told.append(by_kind[kind].pop())
     return tuple(told)

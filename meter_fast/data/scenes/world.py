@@ -25,8 +25,9 @@ SIZES = {"small": 0.28, "large": 0.42}  # half the width, in cells
 BACKGROUNDS = {"black": (12, 12, 14), "grey": (52, 54, 60), "navy": (16, 24, 60)}
 CURTAIN = ((120, 80, 50), (160, 112, 72))
 JITTER = 0.07  # cells; small against half a cell, so that "same row" and "same column" stay clear
-LAYOUTS = {"single": 0.3, "pair": 0.4, "group": 0.3}  # shares of the kinds of scene
+LAYOUTS = {"single": 0.35, "pair": 0.35, "group": 0.3}  # shares of the kinds of scene
 SIDES = (1, 3, 5, 7)  # cells that are further to one side only than the middle
+OPPOSITE = 0.5  # share of pairs that face each other across the middle: told by where either is, so learned first
 EXTRA = 0.3  # share of pairs and groups with one more thing beside them
 OVERSAMPLING = 4  # drawn larger and reduced: edges are smooth at 64 px
 
@@ -92,6 +93,8 @@ def sample_scene(rng: np.random.Generator, novel: bool = False) -> Scene:
         shown = combinations[:1]
     elif layout == "pair":
         line, (a, b) = int(rng.integers(GRID)), rng.permutation(GRID)[:2].tolist()
+        if rng.random() < OPPOSITE:
+            line, (a, b) = GRID // 2, rng.permutation((0, GRID - 1)).tolist()
         cells = [line * GRID + a, line * GRID + b] if rng.random() < 0.5 else [a * GRID + line, b * GRID + line]
         shown = combinations[:2]
     else:
