@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dropout import STREAM_IMAGE_TO_TEXT, STREAM_TEXT_TO_IMAGE, keep_mask
+from ..segments import Segments
+
 # On a CPU the plain form is the faster one up to this many scores per head (2 cores with AVX-512, torch 2.14): torch's
 # fused operator takes 1.5 to 6 times as long on short sequences, and its backward in bfloat16 up to 11 times.
 PLAIN_UP_TO = 64 * 64
@@ -40,3 +43,82 @@ def attention_weights(query: Tensor, key: Tensor, key_mask: Tensor | None = None
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask, float("-inf"))
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def ragged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_segments: Segments,
+    key_segments: Segments,
+    short: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """What `op.cross_attention` computes, on any device and differentiable by torch: each sequence is padded to the
+    longest of its side. Arguments as there; also float64, any head size, any length of the short side."""
+    rows, key_rows = _padded_rows(query_segments, len(query)), _padded_rows(key_segments, len(key))
+    count, query, key, value = len(query), _pad(query, rows), _pad(key, key_rows), _pad(value, key_rows)
+    weights, scale = _ragged_weights(query, key, key_segments), _dropout_scale(query, key, short, dropout, seed)
+    return _unpad((weights * scale).to(value.dtype) @ value, rows, count)
+
+
+def ragged_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_segments: Segments,
+    key_segments: Segments,
+    short: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value by hand; the weights are computed again. grad [Nq,H,K]; the rest as above."""
+    rows, key_rows = _padded_rows(query_segments, len(query)), _padded_rows(key_segments, len(key))
+    counts = len(query), len(key)
+    grad, query, key, value = _pad(grad, rows), _pad(query, rows), _pad(key, key_rows), _pad(value, key_rows)
+    weights, scale = _ragged_weights(query, key, key_segments), _dropout_scale(query, key, short, dropout, seed)
+    d_value = (weights * scale).to(grad.dtype).transpose(-1, -2) @ grad
+    d_weights = (grad @ value.transpose(-1, -2)) * scale
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * query.shape[-1] ** -0.5
+    d_query, d_key = d_scores.to(key.dtype) @ key, d_scores.to(key.dtype).transpose(-1, -2) @ query
+    return _unpad(d_query, rows, counts[0]), _unpad(d_key, key_rows, counts[1]), _unpad(d_value, key_rows, counts[1])
+
+
+def _padded_rows(segments: Segments, rows: int) -> Tensor:
+    """int64 [B,longest]: the rows of each sequence, then `rows`, which is the one behind all."""
+    place = torch.arange(segments.longest, device=segments.starts.device)
+    return torch.where(place < segments.lengths[:, None], segments.starts[:, None] + place, rows)
+
+
+def _pad(x: Tensor, rows: Tensor) -> Tensor:
+    """[N,H,K] -> [B,H,longest,K], zeros behind each sequence."""
+    return F.pad(x, (0, 0, 0, 0, 0, 1))[rows].transpose(1, 2)
+
+
+def _unpad(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[B,H,longest,K] -> [count,H,K], zeros in rows of no sequence."""
+    out = x.new_zeros(count + 1, x.shape[1], x.shape[3])
+    return out.index_put((rows,), x.transpose(1, 2))[:count].contiguous()
+
+
+def _ragged_weights(query: Tensor, key: Tensor, key_segments: Segments) -> Tensor:
+    """[B,H,T,U], float32 or wider. Where there is no key, the weights go to padding: values of zero."""
+    lengths = key_segments.lengths[:, None]
+    mask = (torch.arange(key.shape[2], device=key.device) < lengths) | (lengths == 0)
+    return attention_weights(query, key, mask[:, None, None])
+
+
+def _dropout_scale(query: Tensor, key: Tensor, short: str, dropout: float, seed: Tensor | None) -> Tensor | float:
+    """1 / (1 - dropout) where a weight is kept, 0 where it is dropped: [B,H,T,U]. Rows of the mask are image tokens,
+    its columns text tokens, whichever side reads."""
+    if dropout == 0:
+        return 1.0
+    batch, heads, queries, _ = query.shape
+    planes, keys, scale = batch * heads, key.shape[2], 1 / (1 - dropout)
+    if short == "key":
+        mask = keep_mask(seed, planes, queries, keys, STREAM_IMAGE_TO_TEXT, dropout)
+    else:
+        mask = keep_mask(seed, planes, keys, queries, STREAM_TEXT_TO_IMAGE, dropout).transpose(1, 2)
+    return mask.unflatten(0, (batch, heads)).to(torch.promote_types(query.dtype, torch.float32)) * scale
