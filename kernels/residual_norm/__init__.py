@@ -1,0 +1,1 @@
+"""Bias, dropout, residual sum and LayerNorm in one pass."""
