@@ -45,7 +45,7 @@ def _forward(
     """(loss, correct, slopes): slopes [M,Sp] = d loss / d logits in the rows' dtype, or [0] without `gradient`."""
     vocabulary = weight.shape[0]
     whole = vocabulary // 8 * 8
-    logits = rows.new_empty(len(rows), _stride(vocabulary))
+    logits = rows.new_empty(rows.shape[0], _stride(vocabulary))
     torch.mm(rows, weight[:whole].t(), out=logits[:, :whole])
     if whole < vocabulary:  # apart, because a product with an odd side cannot use 16-byte accesses
         torch.mm(rows, weight[whole:].t(), out=logits[:, whole:vocabulary])
@@ -61,14 +61,14 @@ def _forward(
 
 @_forward.register_fake
 def _(rows, weight, bias, labels, gradient):
-    slopes = rows.new_empty(len(rows), _stride(len(weight))) if gradient else rows.new_empty(0)
+    slopes = rows.new_empty(rows.shape[0], _stride(weight.shape[0])) if gradient else rows.new_empty(0)
     return rows.new_empty((), dtype=torch.float32), labels.new_empty(()), slopes
 
 
 @torch.library.custom_op("meter_fast::mlm_loss_backward", mutates_args=())
 def _backward(grad: Tensor, slopes: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows [M,D], weight [S,D] and bias (float32 [S]) from the loss's, a float32 scalar."""
-    vocabulary = len(weight)
+    vocabulary = weight.shape[0]
     whole = vocabulary // 8 * 8
     grad_rows = slopes[:, :whole] @ weight[:whole]
     if whole < vocabulary:
@@ -83,7 +83,7 @@ def _(grad, slopes, rows, weight):
     return (
         rows.new_empty(rows.shape),
         weight.new_empty(weight.shape),
-        weight.new_empty(len(weight), dtype=torch.float32),
+        weight.new_empty(weight.shape[0], dtype=torch.float32),
     )
 
 
@@ -110,7 +110,7 @@ def _stride(vocabulary: int) -> int:
 
 
 def _checked(labels: Tensor, vocabulary: int) -> Tensor:
-    if labels.device.type == "cpu" and len(labels):
+    if labels.device.type == "cpu" and labels.numel():
         low, high = (bound.item() for bound in labels.aminmax())
         if low < 0 or high >= vocabulary:
             raise ValueError(f"labels from {low} to {high}: they must be in 0..{vocabulary - 1}; pass masked rows only")
@@ -120,11 +120,11 @@ def _checked(labels: Tensor, vocabulary: int) -> Tensor:
 def _check(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> None:
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(f"rows {rows.dtype} {list(rows.shape)}: floating [M,D] is needed; gather the masked rows")
-    if weight.dim() != 2 or weight.shape[1] != rows.shape[1] or not len(weight):
+    if weight.dim() != 2 or weight.shape[1] != rows.shape[1] or not weight.shape[0]:
         raise ValueError(f"weight {list(weight.shape)}: [S,{rows.shape[1]}] is needed, as rows are {list(rows.shape)}")
     if bias.shape != weight.shape[:1] or not bias.is_floating_point():
         raise ValueError(
-            f"bias {bias.dtype} {list(bias.shape)}: floating [{len(weight)}] is needed, one a row of weight"
+            f"bias {bias.dtype} {list(bias.shape)}: floating [{weight.shape[0]}] is needed, one a row of weight"
         )
     if labels.dtype != torch.int64 or labels.shape != rows.shape[:1]:
-        raise ValueError(f"labels {labels.dtype} {list(labels.shape)}: int64 [{len(rows)}] is needed, one a row")
+        raise ValueError(f"labels {labels.dtype} {list(labels.shape)}: int64 [{rows.shape[0]}] is needed, one a row")

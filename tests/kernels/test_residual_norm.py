@@ -183,15 +183,18 @@ def test_torch_accepts_the_operators(p: float) -> None:
         torch.library.opcheck(torch.ops.meter_fast.residual_norm_backward, (*saved, p, seed, with_bias))
 
 
-def test_compiled() -> None:
-    leaves = tuple(inputs((5, 32)).values())
-    compiled = torch.compile(lambda *x: residual_norm(*x, EPS, 0.1, SEED) * 2, fullgraph=True, backend="aot_eager")
-    grad = torch.randn(5, 32)
-    found = torch.autograd.grad(compiled(*leaves), leaves, grad)
-    expected = torch.autograd.grad(2 * residual_norm(*leaves, EPS, 0.1, SEED), leaves, grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def test_compiled_for_any_number_of_rows() -> None:
+    def twice(*leaves: Tensor) -> Tensor:
+        return residual_norm(*leaves, EPS, 0.1, SEED) * 2
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (5, 9):
+        leaves, grad = tuple(inputs((rows, 32)).values()), torch.randn(rows, 32)
+        found = torch.autograd.grad(compiled(*leaves), leaves, grad)
+        expected = torch.autograd.grad(twice(*leaves), leaves, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     drawn = torch.compile(lambda *x: residual_norm(*x, EPS, 0.1), fullgraph=True, backend="aot_eager")
-    assert drawn(*leaves).shape == (5, 32)
+    assert drawn(*leaves).shape == (9, 32)
 
 
 def test_traced_for_a_gpu() -> None:
