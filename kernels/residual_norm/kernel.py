@@ -61,7 +61,11 @@ def launch_backward(
     n, d = normalised.shape
     grad_residual = torch.empty_like(normalised)
     grad_x = torch.empty_like(normalised) if dropout else None
-    tile = config(d, arch, backward=True)
+    tile = config(d, arch)
+    if arch != INTERPRETER and normalised.dtype == torch.bfloat16:
+        # Three programs then fit on a multiprocessor; left alone, the compiler takes 196 registers and two fit. Other
+        # dtypes would spill.
+        tile["maxnreg"] = 168
     programs = min(triton.cdiv(n, tile["R"]), _programs(arch))
     partial = torch.empty((programs, 3 if with_bias else 2, d), dtype=torch.float32, device=grad.device)
     tensors = (grad, normalised, rstd, weight, seed, grad_residual, grad_x, partial)
@@ -71,15 +75,13 @@ def launch_backward(
     return grad_residual, grad_x, partial.sum(0)
 
 
-def config(width: int, arch: Arch, backward: bool = False) -> dict[str, int]:
+def config(width: int, arch: Arch) -> dict[str, int]:
     """R rows and C columns of a tile, and warps. A lane holds 8 neighbouring columns of each of at most 3 chunks."""
     chunk = next(c for c in (256, 512, 1024) if 3 * c >= width)
     chunk = min(chunk, triton.next_power_of_2(width))
     if arch == INTERPRETER:  # few large tiles, as each costs the same
         return {"C": chunk, "R": 16, "num_warps": 4}
-    tile = {"C": chunk, "R": max(1, 4 * 32 * 8 // chunk), "num_warps": 4}
-    # With 168 registers three programs fit on a multiprocessor; left alone, the compiler takes 196 and two fit.
-    return tile | {"maxnreg": 168} if backward else tile
+    return {"C": chunk, "R": max(1, 4 * 32 * 8 // chunk), "num_warps": 4}
 
 
 def _programs(arch: Arch) -> int:
@@ -192,15 +194,17 @@ def _backward(
             values += (value,)
             slopes += (slope,)
         weight_sums, shift_sums = new_weight_sums, new_shift_sums
-        mean_slope *= 1.0 / D
-        mean_product *= 1.0 / D
-        scale = tl.load(rstd + rows, mask=rows < N, other=0.0)[:, None]
+        scale = tl.load(rstd + rows, mask=rows < N, other=0.0)
+        mean_slope *= scale * (1.0 / D)
+        mean_product *= scale * (1.0 / D)
         new_bias_sums = ()
         for start in tl.static_range(0, D, C):
             columns = start + tl.arange(0, C)
             valid = inside & (columns < D)[None, :]
             places = offsets * D + columns[None, :]
-            slope = scale * (slopes[start // C] - mean_slope[:, None] - values[start // C] * mean_product[:, None])
+            slope = (
+                scale[:, None] * slopes[start // C] - values[start // C] * mean_product[:, None] - mean_slope[:, None]
+            )
             tl.store(grad_residual + places, slope.to(grad_residual.dtype.element_ty), mask=valid)
             if LIMIT > 0:
                 words = start // 4 + tl.arange(0, C // 4)
