@@ -22,11 +22,17 @@ from ..launch import Arch
 from ..segmented_softmax import op as softmax
 from ..segmented_softmax.reference import accumulation_dtype
 
-TEXT_MULTIPLE = 4  # of text tokens on a GPU: rows of H * T scores are then aligned for 128-bit accesses (H = 12, 16)
+# Text tokens on a GPU are a multiple of this: whole words of the dropout mask, and for 12 or 16 heads rows of scores
+# that are aligned for wide accesses.
+TEXT_MULTIPLE = 4
 
 # Text tokens up to which it pays, by compute capability: from the times that the bytes and operations of each product
 # take at best, forward and backward of both directions, against cuBLAS and an ideal fused attention (B=64, V=325).
 LONGEST_TEXT = {80: 32, 90: 16}
+# Share of the operations below which it pays, from this width on. Measured with one thread with AVX-512 (torch 2.14),
+# forward and backward: at D=768, V=325 it took 0.39 to 0.49 times as long for 13 tokens, 0.68 to 0.82 for 26, and as
+# long for 50; at D=256, V=50 0.62 to 0.79 for 8 and up to 1.4 for 20; at D=128 it hardly ever won.
+CPU_SHARE, CPU_NARROWEST = 0.5, 256
 
 
 def absorbed_cross_attention(
@@ -77,10 +83,13 @@ def absorbed_pays(text_longest: int, image_tokens: int, heads: int, width: int, 
 
     It has to need fewer operations: folding both matrices and using them, T D² + V T H D, against two projections of
     the image and the attention, V D² + V T D. On a GPU it also moves more bytes an operation than a projection does,
-    so that the balance tips at shorter texts than the count says, the sooner the faster the GPU computes: LONGEST_TEXT.
+    so that the balance tips at shorter texts than the count says, the sooner the faster the GPU computes:
+    LONGEST_TEXT. On a CPU its products are the slower ones, being narrow: CPU_SHARE, CPU_NARROWEST.
     """
-    fewer = text_longest * (width + image_tokens * (heads - 1)) < image_tokens * width
-    return fewer and (arch is None or text_longest <= LONGEST_TEXT.get(arch.capability, LONGEST_TEXT[90]))
+    share = text_longest * (width + image_tokens * (heads - 1)) / (image_tokens * width)
+    if arch is None:
+        return share < CPU_SHARE and width >= CPU_NARROWEST
+    return share < 1 and text_longest <= LONGEST_TEXT.get(arch.capability, LONGEST_TEXT[90])
 
 
 def _check(

@@ -22,15 +22,15 @@ LOG2E = math.log2(math.e)
 def config(text: int, text_is: str, backward: bool, arch: Arch) -> dict[str, int]:
     """Tile of the forward and backward kernels: M rows, N text tokens, warps.
 
-    One warp, so that up to 16 tokens of a row lie in one thread; 64 elements a thread, or 32 where each brings two
-    numbers of its column into registers.
+    One warp, so that up to 16 tokens of a row lie in one thread; 64 elements a thread, or 32 where they need more
+    registers: two numbers of its column for each, or rows that are not aligned for wide accesses.
     """
     tile = max(4, triton.next_power_of_2(text))
     if arch == INTERPRETER:
         return {"M": 128, "N": tile, "num_warps": 4}
-    if text_is == "query":
-        return {"M": 64 if backward else 128, "N": min(tile, 16), "num_warps": 1}
-    return {"M": max(16, 2048 // tile), "N": tile, "num_warps": 1}
+    few = (text_is == "query" and backward) or text % 4 != 0
+    columns = min(tile, 16) if text_is == "query" else tile
+    return {"M": max(16, (1024 if few else 2048) // columns), "N": columns, "num_warps": 1}
 
 
 def statistics_config(arch: Arch) -> dict[str, int]:

@@ -148,6 +148,22 @@ def test_text_that_is_not_there_has_no_influence(text_is: str) -> None:
 
 
 @DIRECTION
+@DROPOUT
+def test_padding_of_the_text_changes_nothing(text_is: str, dropout: float) -> None:
+    """As it is padded on a GPU."""
+    layer = Layer(text_is, 13)
+
+    def padded(x: Tensor, other: Tensor, *rest) -> Tensor:
+        if text_is == "key":
+            return absorbed_cross_attention(x, F.pad(other, (0, 0, 0, 3)), *rest)
+        return absorbed_cross_attention(F.pad(x, (0, 0, 0, 3)), other, *rest)[:, :13]
+
+    golden = layer.results(absorbed_cross_attention, dropout)
+    for name, x in layer.results(padded, dropout).items():
+        assert relative(x, golden[name]) < 1e-5, name
+
+
+@DIRECTION
 def test_empty_text_and_one_image_token(text_is: str) -> None:
     layer = Layer(text_is, 5, image=1)
     layer.lengths[1] = 0
@@ -267,5 +283,7 @@ def test_where_it_pays() -> None:
 
     assert [base(text, A100) for text in (1, 13, 16, 32, 33, 50, 64)] == [True] * 4 + [False] * 3
     assert [base(text, H100) for text in (1, 13, 16, 17, 32)] == [True] * 3 + [False] * 2
+    assert [base(text, None) for text in (1, 13, 26, 32, 50)] == [True] * 3 + [False] * 2
+    assert not absorbed_pays(8, 65, 4, 128, None)
     assert not base(13, A100, image=1)  # one image row: folding costs more than projecting it
     assert not absorbed_pays(13, 325, 12, 128, A100)  # narrower than the folded rows are many
