@@ -5,9 +5,10 @@ lies in one tile: nothing is saved for backward, and one program holds dK and dV
 queries. Where the text reads (`short="query"`), all queries of a head are in registers: dK and dV of a tile of keys are
 final, dQ stays in registers. So each backward is one kernel without atomics, and its bits do not change between runs.
 
-The long side is M of every matrix product (16 rows of output over 4 warps would be computed several times). A long tile
-that two products read in different orientations is loaded twice, the second time from cache: only so does Triton 3.8
-pipeline it with cp.async on sm_80.
+The long side is M of every matrix product of four warps (on 16 rows each warp would compute the same); where the text
+is M, it has a warp for every 16 rows. On sm_80 a long tile that two products read in different orientations is loaded
+twice, the second time from cache (`RELOAD`): only so does Triton 3.8 pipeline it with cp.async. From sm_90 on both
+products read one tile in shared memory.
 
 Source: Vaswani et al. 2017, section 3.2.1; the online softmax of Dao et al. 2022 (FlashAttention), algorithm 1.
 Shape letters: B pairs, H heads, K head size, N rows of all sequences of one side.
@@ -26,6 +27,7 @@ from ..segments import Segments
 
 HEAD_SIZES = (32, 64, 128)
 LONGEST_SHORT_SIDE = 64
+TILE_BYTES = 64 * 64 * 2  # of the short side: a program that holds more in registers spills by the kilobyte
 LOG2_E = tl.constexpr(1.4426950408889634)
 IMAGE_TO_TEXT, TEXT_TO_IMAGE = tl.constexpr(STREAM_IMAGE_TO_TEXT), tl.constexpr(STREAM_TEXT_TO_IMAGE)
 
@@ -44,9 +46,20 @@ def tile_of(longest: int) -> int:
     return max(16, triton.next_power_of_2(longest))
 
 
+def fits(longest: int, head_size: int, element_size: int) -> bool:
+    """Whether a short side whose longest sequence has `longest` tokens fits one tile."""
+    return longest <= LONGEST_SHORT_SIDE and tile_of(longest) * head_size * element_size <= TILE_BYTES
+
+
 def config(short: str, backward: bool, tile: int, head_size: int, dtype: torch.dtype, arch: Arch) -> Config:
     """The tile configuration of a kernel; no mask of dropout depends on it."""
-    return Config(64, 4, 2)
+    if dtype == torch.float32:  # twice the shared memory, and no matrix instructions to feed
+        return Config(32, 4, 1)
+    if short == "query" and not backward:
+        return Config(32, tile // 16, 2 if tile == 64 else 3)
+    if short == "query" and tile == 64 and arch.capability >= 90:
+        return Config(64, 4, 3)  # with fewer stages it spills
+    return Config(64, 8 if head_size == 128 else 4, 2)
 
 
 def launch_forward(
@@ -104,6 +117,7 @@ def launch_backward(
         return tuple(x.zero_() for x in grads)
     common = (query, key, value, grad, *grads, *_tables(query_segments, key_segments), seed, rows, key.shape[0])
     strides, meta = _strides(query, key, value, grad), _meta(dropout, head_size, tile, cut)
+    meta["RELOAD"] = arch.capability < 90
     if short == "key":
         _backward_short_key[(heads, batch)](*common, *strides, **meta)
     else:
@@ -207,6 +221,7 @@ def _backward_short_key(
     q_starts, q_lengths, k_starts, k_lengths, seed, q_rows, k_rows,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
     DROPOUT: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B): dK and dV stay in registers, transposed, while the queries pass by."""
     h, b = tl.program_id(0), tl.program_id(1)
@@ -221,6 +236,8 @@ def _backward_short_key(
     q_at, do_at = _at(Q, q_start, h, q_row, q_head), _at(dO, q_start, h, do_row, do_head)
     dq_at = _at(dQ, q_start, h, heads * D, D)
     dk, dv = tl.zeros([D, T], tl.float32), tl.zeros([D, T], tl.float32)
+    if LIMIT > 0:
+        random = tl.load(seed)
     for first in range(0, n_q, BLOCK):
         i = first + tl.arange(0, BLOCK)
         q = tl.load(q_at + i[:, None] * q_row + d[None, :], mask=i[:, None] < n_q, other=0.0)
@@ -232,12 +249,14 @@ def _backward_short_key(
         d_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
         read = weights
         if LIMIT > 0:
-            kept = keep_tile(tl.load(seed), b * heads + h, i, tl.arange(0, T // 4), IMAGE_TO_TEXT, LIMIT, BLOCK, T)
+            kept = keep_tile(random, b * heads + h, i, tl.arange(0, T // 4), IMAGE_TO_TEXT, LIMIT, BLOCK, T)
             read = tl.where(kept, weights, 0.0)
             d_weights = tl.where(kept, d_weights * (1.0 / (1.0 - DROPOUT)), 0.0)
         d_scores = (weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])).to(q.dtype)
-        do_t = tl.load(do_at + i[None, :] * do_row + d[:, None], mask=i[None, :] < n_q, other=0.0)
-        q_t = tl.load(q_at + i[None, :] * q_row + d[:, None], mask=i[None, :] < n_q, other=0.0)
+        do_t, q_t = tl.trans(do), tl.trans(q)
+        if RELOAD:
+            do_t = tl.load(do_at + i[None, :] * do_row + d[:, None], mask=i[None, :] < n_q, other=0.0)
+            q_t = tl.load(q_at + i[None, :] * q_row + d[:, None], mask=i[None, :] < n_q, other=0.0)
         dv = tl.dot(do_t, read.to(do.dtype), dv, input_precision="ieee")
         dk = tl.dot(q_t, d_scores, dk, input_precision="ieee")
         dq = tl.dot(d_scores, k, input_precision="ieee") * D**-0.5
@@ -255,7 +274,7 @@ def _forward_short_query(
     q_row, q_head, k_row, k_head, v_row, v_head, LSE,
     DROPOUT: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, B): the keys pass by; scores are kept key by query, the output transposed."""
+    """Grid (H, B): the keys pass by. Scores are query by key, 16 queries a warp, so that no softmax crosses warps."""
     h, b = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(0)
     q_start, n_q, k_start, n_k = _pair(q_starts, q_lengths, k_starts, k_lengths, b)
@@ -265,26 +284,28 @@ def _forward_short_query(
     q = tl.load(_at(Q, q_start, h, q_row, q_head) + i[:, None] * q_row + d[None, :], mask=i[:, None] < n_q, other=0.0)
     k_at, v_at = _at(K, k_start, h, k_row, k_head), _at(V, k_start, h, v_row, v_head)
     highest, total = tl.full([T], float("-inf"), tl.float32), tl.zeros([T], tl.float32)
-    out = tl.zeros([D, T], tl.float32)
+    out = tl.zeros([T, D], tl.float32)
+    if LIMIT > 0:
+        random = tl.load(seed)
     for first in range(0, n_k, BLOCK):
         j = first + tl.arange(0, BLOCK)
         k = tl.load(k_at + j[:, None] * k_row + d[None, :], mask=j[:, None] < n_k, other=0.0)
-        v_t = tl.load(v_at + j[None, :] * v_row + d[:, None], mask=j[None, :] < n_k, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (LOG2_E * D**-0.5)
-        scores = tl.where(j[:, None] < n_k, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        v = tl.load(v_at + j[:, None] * v_row + d[None, :], mask=j[:, None] < n_k, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (LOG2_E * D**-0.5)
+        scores = tl.where(j[None, :] < n_k, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp2(highest - new_highest)
-        weights = tl.exp2(scores - new_highest[None, :])
-        total = total * shrink + tl.sum(weights, 0)
+        weights = tl.exp2(scores - new_highest[:, None])
+        total = total * shrink + tl.sum(weights, 1)
         if LIMIT > 0:
-            kept = keep_tile(tl.load(seed), b * heads + h, j, tl.arange(0, T // 4), TEXT_TO_IMAGE, LIMIT, BLOCK, T)
-            weights = tl.where(kept, weights, 0.0)
-        out = tl.dot(v_t, weights.to(v_t.dtype), out * shrink[None, :], input_precision="ieee")
+            kept = keep_tile(random, b * heads + h, j, tl.arange(0, T // 4), TEXT_TO_IMAGE, LIMIT, BLOCK, T)
+            weights = tl.where(tl.trans(kept), weights, 0.0)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         highest = new_highest
     total = tl.maximum(total, 1.0)  # the highest score alone gives 1; less only where there is no key
     scale = 1.0 / ((1.0 - DROPOUT) * total)
-    o = _at(Out, q_start, h, heads * D, D) + i[None, :] * (heads * D) + d[:, None]
-    tl.store(o, (out * scale[None, :]).to(Out.dtype.element_ty), mask=i[None, :] < n_q)
+    o = _at(Out, q_start, h, heads * D, D) + i[:, None] * (heads * D) + d[None, :]
+    tl.store(o, (out * scale[:, None]).to(Out.dtype.element_ty), mask=i[:, None] < n_q)
     tl.store(_at(LSE, q_start, h, heads, 1) + i * heads, highest + tl.log2(total), mask=i < n_q)
 
 
@@ -294,6 +315,7 @@ def _backward_short_query(
     q_starts, q_lengths, k_starts, k_lengths, seed, q_rows, k_rows,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, Out, LSE,
     DROPOUT: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, B): dQ stays in registers, transposed, while the keys pass by."""
     h, b = tl.program_id(0), tl.program_id(1)
@@ -313,6 +335,8 @@ def _backward_short_query(
     k_at, v_at = _at(K, k_start, h, k_row, k_head), _at(V, k_start, h, v_row, v_head)
     dk_at, dv_at = _at(dK, k_start, h, heads * D, D), _at(dV, k_start, h, heads * D, D)
     dq = tl.zeros([D, T], tl.float32)
+    if LIMIT > 0:
+        random = tl.load(seed)
     for first in range(0, n_k, BLOCK):
         j = first + tl.arange(0, BLOCK)
         k = tl.load(k_at + j[:, None] * k_row + d[None, :], mask=j[:, None] < n_k, other=0.0)
@@ -322,7 +346,7 @@ def _backward_short_query(
         d_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
         read = weights
         if LIMIT > 0:
-            kept = keep_tile(tl.load(seed), b * heads + h, j, tl.arange(0, T // 4), TEXT_TO_IMAGE, LIMIT, BLOCK, T)
+            kept = keep_tile(random, b * heads + h, j, tl.arange(0, T // 4), TEXT_TO_IMAGE, LIMIT, BLOCK, T)
             read = tl.where(kept, weights * (1.0 / (1.0 - DROPOUT)), 0.0)
             d_weights = tl.where(kept, d_weights * (1.0 / (1.0 - DROPOUT)), 0.0)
         d_scores = (weights * (d_weights - delta[None, :])).to(q.dtype)
@@ -331,7 +355,9 @@ def _backward_short_query(
         tl.store(dv_at + out, dv.to(dV.dtype.element_ty), mask=j[:, None] < n_k)
         dk = tl.dot(d_scores, q, input_precision="ieee") * D**-0.5
         tl.store(dk_at + out, dk.to(dK.dtype.element_ty), mask=j[:, None] < n_k)
-        k_t = tl.load(k_at + j[None, :] * k_row + d[:, None], mask=j[None, :] < n_k, other=0.0)
+        k_t = tl.trans(k)
+        if RELOAD:
+            k_t = tl.load(k_at + j[None, :] * k_row + d[:, None], mask=j[None, :] < n_k, other=0.0)
         dq = tl.dot(k_t, d_scores, dq, input_precision="ieee")
     dq_at = _at(dQ, q_start, h, heads * D, D) + i[None, :] * (heads * D) + d[:, None]
     tl.store(dq_at, (dq * D**-0.5).to(dQ.dtype.element_ty), mask=i[None, :] < n_q)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..dropout import draw_seed, threshold
 from ..launch import arch_of, is_interpreted
 from ..segments import Segments
-from .kernel import HEAD_SIZES, LONGEST_SHORT_SIDE, empty_lse, launch_backward, launch_forward
+from .kernel import HEAD_SIZES, empty_lse, fits, launch_backward, launch_forward
 from .reference import ragged_attention, ragged_attention_backward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,7 +31,8 @@ def cross_attention(
     float16 or float32 (sums are float32), K 32, 64 or 128, any strides but a contiguous last dimension. Segments: in
     ascending order, without overlap. Rows in no segment, and queries whose pair has no key, get zeros, and give no
     gradient. short: "key" where the text is read, "query" where it reads. The text fits one tile up to 64 tokens
-    (`Segments.longest`); beyond that the plain form computes, and stores the weights.
+    (`Segments.longest`), up to 32 in float32 or with K = 128, 16 with both; beyond that the plain form computes, and
+    stores the weights.
     dropout: share of the weights that are dropped, by the mask of `dropout.keep_mask` with rows image tokens, columns
     text tokens, planes b * H + h; seed int64 [1] on the device, None: drawn from torch's generator.
 
@@ -40,7 +41,7 @@ def cross_attention(
     _check(query, key, value, query_segments, key_segments, short, dropout, seed)
     if dropout > 0 and seed is None:
         seed = draw_seed(query.device)
-    if (key_segments if short == "key" else query_segments).longest > LONGEST_SHORT_SIDE:
+    if not fits((key_segments if short == "key" else query_segments).longest, query.shape[2], query.element_size()):
         return ragged_attention(query, key, value, query_segments, key_segments, short, dropout, seed)
     tables = (query_segments.starts, query_segments.lengths, key_segments.starts, key_segments.lengths)
     longest = (query_segments.longest, key_segments.longest)

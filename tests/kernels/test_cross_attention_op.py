@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_cases import relative
 from meter_fast.kernels.cross_attention import kernel, op
-from meter_fast.kernels.cross_attention.kernel import Config
+from meter_fast.kernels.cross_attention.kernel import Config, fits
 from meter_fast.kernels.cross_attention.op import cross_attention
 from meter_fast.kernels.cross_attention.reference import ragged_attention, ragged_attention_backward
 from meter_fast.kernels.dropout import STREAM_IMAGE_TO_TEXT, STREAM_TEXT_TO_IMAGE, draw_seed, keep_mask
@@ -21,6 +21,12 @@ interpreter_bf16.install()
 CPU = torch.device("cpu")
 SEED = torch.tensor([0x1234_5678_9ABC])
 SHORT = pytest.mark.parametrize("short", ["key", "query"])
+
+
+@pytest.fixture(autouse=True)
+def every_tile_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has no registers for 64 tokens in float32; the interpreter has, and float32 tells most about the maths."""
+    monkeypatch.setattr(kernel, "TILE_BYTES", 64 * 128 * 4)
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,12 @@ def test_dropout_draws_a_new_mask_each_time(short: str) -> None:
 @SHORT
 def test_longer_texts_take_the_plain_form(short: str) -> None:
     check(inputs(short, padded(20, [20, 3]), padded(70, [65, 70])), 0.1, 2e-6)
+
+
+def test_which_texts_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert fits(64, 64, 2) and fits(32, 128, 2) and fits(32, 64, 4) and fits(16, 128, 4) and fits(64, 32, 4)
+    assert not fits(65, 32, 2) and not fits(33, 128, 2) and not fits(33, 64, 4) and not fits(17, 128, 4)
 
 
 @SHORT
