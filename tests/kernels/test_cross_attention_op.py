@@ -11,6 +11,7 @@ from meter_fast.kernels.cross_attention.kernel import Config, fits
 from meter_fast.kernels.cross_attention.op import cross_attention
 from meter_fast.kernels.cross_attention.reference import ragged_attention, ragged_attention_backward
 from meter_fast.kernels.dropout import STREAM_IMAGE_TO_TEXT, STREAM_TEXT_TO_IMAGE, draw_seed, keep_mask
+from meter_fast.kernels.launch import Arch
 from meter_fast.kernels.segments import Segments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -212,6 +213,19 @@ def test_no_mask_depends_on_tiles(short: str, block: int, monkeypatch: pytest.Mo
     assert torch.equal(before[0] == 0, loop(*shown.arguments(0.4)) == 0)
     for x, y in zip(before, after, strict=True):
         assert relative(x, y) < 2e-6
+
+
+@SHORT
+def test_gpus_agree(short: str) -> None:
+    """The forms of the kernels for an A100 and for an H100."""
+    given = inputs(short, padded(70, [70, 41]), padded(23, [23, 12]))
+    arguments, found = given.arguments(0.1), []
+    tensors, rest = [x.detach() for x in arguments[:3]], arguments[3:]
+    for arch in (Arch(80), Arch(90)):
+        saved = kernel.launch_forward(*tensors, *rest, arch)
+        found.append([*saved, *kernel.launch_backward(saved[0].cos(), *tensors, *saved, *rest, arch)])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y) or relative(x, y) < 1e-6
 
 
 @SHORT
