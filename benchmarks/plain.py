@@ -41,4 +41,5 @@ def pad_text(batch: PretrainBatch, length: int, pad_id: int) -> PretrainBatch:
         text_mask=wider(batch.text_mask, False),
         masked_ids=wider(batch.masked_ids, pad_id),
         masked_rows=rows,
+        text_rows=None,
     )

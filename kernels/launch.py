@@ -19,11 +19,12 @@ class Arch:
 
 
 INTERPRETER = Arch(0)
+_INTERPRETED = triton.knobs.runtime.interpret
 
 
 def is_interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set before triton was imported: kernels then run on a CPU, slowly."""
-    return triton.knobs.runtime.interpret
+    """Whether TRITON_INTERPRET was set when triton was imported: kernels then run on a CPU, slowly."""
+    return _INTERPRETED
 
 
 def arch_of(x: Tensor) -> Arch:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from meter_fast.models.config import ModelConfig
+from meter_fast.models.config import KernelsConfig, ModelConfig
 
 T = TypeVar("T")
 
@@ -113,6 +113,7 @@ class RunConfig:
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     run: RunOptions = field(default_factory=RunOptions)
 
 

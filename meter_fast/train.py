@@ -268,7 +268,7 @@ def prepare(config: RunConfig, this: World) -> Run:
 def build(config: RunConfig, this: World, start: Start) -> Pretraining:
     """The module in fp32 on the host; weights from files are read on the main process alone."""
     from_files = this.is_main and start.step == 0 and not config.run.init
-    model = Meter(config.model, load_weights=from_files)
+    model = Meter(config.model, from_files, config.kernels)
     if this.is_main:
         load_weights(model, config, start)
     module = Pretraining(model, config.objectives.names)

@@ -44,7 +44,7 @@ def absorbed_cross_attention(
     key_value_weight: Tensor,
     key_value_bias: Tensor,
     out_weight: Tensor,
-    out_bias: Tensor,
+    out_bias: Tensor | None,
     heads: int,
     text_is: str,
     dropout: float = 0.0,
@@ -55,8 +55,9 @@ def absorbed_cross_attention(
     x reads other, both [B,tokens,D]; text_is tells which one is the text: "query" x, "key" other. text_lengths int32
     [B]: so many of a text's tokens exist; the others are not read, and where they would read they get `out_bias`. The
     image's tokens all exist. Weights [D,D] as in nn.Linear, key_value_weight [2D,D] with the key's rows first; biases
-    [D], [2D]. dropout: share of the attention weights that are dropped, by the counters of `kernels.dropout`; seed
-    int64 [1] on the same device, None: drawn. Under autocast everything is computed in its dtype.
+    [D], [2D]; out_bias None: left to what follows. dropout: share of the attention weights that are dropped, by the
+    counters of `kernels.dropout`; seed int64 [1] on the same device, None: drawn. Under autocast everything is computed
+    in its dtype.
 
     Raises ValueError for arguments that do not fit each other.
     """
@@ -75,7 +76,7 @@ def absorbed_cross_attention(
     key_value = F.linear(text, key_value_weight, key_value_bias)
     folded = (x, query_weight, query_bias, out_weight)
     out, _ = _image_reads_text(key_value, *_like(key_value, *folded), text_lengths, seed, heads, float(dropout))
-    return out + out_bias.to(out.dtype)
+    return out if out_bias is None else out + out_bias.to(out.dtype)
 
 
 def absorbed_pays(text_longest: int, image_tokens: int, heads: int, width: int, arch: Arch | None) -> bool:

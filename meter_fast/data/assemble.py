@@ -249,6 +249,7 @@ class Assembler:
             "masked_ids": masked_ids,
             "masked_rows": torch.from_numpy(rows),
             "masked_labels": torch.from_numpy(labels),
+            "text_rows": text_mask.flatten().nonzero().flatten(),
         }
 
 

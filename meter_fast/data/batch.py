@@ -24,6 +24,8 @@ class PretrainBatch:
     itm_images     [B] int64, the picture of each ITM pair: a row of `cat(images, false_images)`
     false_images   [F,3,H,W] float, pictures that only ITM reads, or None when all negatives come from the batch
     sample_ids     [B] int64, which samples these are, after the replacement of bad ones
+    text_rows      [N] int64, the real tokens as rows of a [B*L] view, ascending; None: whoever needs them finds them
+                   in `text_mask`, which on a GPU means waiting for it
     """
 
     images: Tensor
@@ -36,6 +38,7 @@ class PretrainBatch:
     itm_images: Tensor
     false_images: Tensor | None
     sample_ids: Tensor
+    text_rows: Tensor | None = None
 
     def __len__(self) -> int:
         """B, the number of pairs."""

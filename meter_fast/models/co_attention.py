@@ -17,9 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from meter_fast.kernels.cross_attention.reference import attention, attention_weights
-from meter_fast.models.config import FusionConfig
+from meter_fast.kernels.cross_attention.absorbed import absorbed_cross_attention, absorbed_pays
+from meter_fast.kernels.cross_attention.reference import attention_weights
+from meter_fast.kernels.gelu.op import bias_gelu
+from meter_fast.kernels.launch import arch_of
+from meter_fast.kernels.residual_norm.op import residual_norm
+from meter_fast.models.config import FusionConfig, KernelsConfig
 from meter_fast.models.heads import LAYER_NORM_EPS, Pooler
+from meter_fast.models.packing import Packing
+from meter_fast.models.sides import Side, attend_across, attend_within, split_heads
 
 
 class Need(Enum):
@@ -65,126 +71,184 @@ class PackedLinear(nn.Linear):
         return F.linear(x, self.weight[begin:end], self.bias[begin:end])
 
 
-class SelfAttention(nn.Module):
-    """LayerNorm(x + W_o attention(x, x)), for all tokens or for the first `rows` only."""
+class Projection(nn.Linear):
+    """A linear layer that can leave its bias to the kernel that follows."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: str) -> None:
+        super().__init__(inputs, outputs)
+        self.apart = kernel == "triton"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [..., D] -> (W x, bias), or (W x + bias, None)."""
+        return (F.linear(x, self.weight), self.bias) if self.apart else (super().forward(x), None)
+
+
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x + bias)), in one kernel or in torch's operators."""
+
+    def __init__(self, config: FusionConfig, kernel: str) -> None:
+        super().__init__(config.width, eps=LAYER_NORM_EPS)
+        self.dropout, self.kernel = config.dropout, kernel
+
+    def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """x and residual [..., D], bias [D] -> [..., D]."""
+        if self.kernel == "triton":
+            dropout = self.dropout if self.training else 0.0
+            return residual_norm(x, bias, residual, self.weight, self.bias, self.eps, dropout)
+        x = x if bias is None else x + bias
+        return super().forward(residual + F.dropout(x, self.dropout, self.training))
+
+
+class SelfAttention(nn.Module):
+    """LayerNorm(x + W_o attention(x, x)), for all tokens of a side or for the first ones only."""
+
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
         self.width, self.heads, self.dropout = (config.width, config.heads, config.dropout)
         self.query_key_value = PackedLinear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.out = Projection(config.width, config.width, kernels.residual_norm)
+        self.norm = ResidualNorm(config, kernels.residual_norm)
 
-    def forward(self, x: Tensor, mask: Tensor | None, rows: int | None = None) -> Tensor:
-        """x [P,T,D], mask bool [P,1,1,T] or None -> [P,rows or T,D]."""
-        own = x if rows is None else x[:, :rows]
-        if rows is None:
-            query, key, value = _split_heads(self.query_key_value(x), 3, self.heads)
+    def forward(self, x: Tensor, side: Side, first: bool = False) -> Tensor:
+        """x [..., D] as `side` lies -> the same, or [P,1,D] with `first`."""
+        own, own_side = side.first(x) if first else (x, side)
+        if first:
+            query = self.query_key_value(own, 0, self.width)
+            key, value = self.query_key_value(x, self.width).split(self.width, -1)
         else:
-            (query,) = _split_heads(self.query_key_value(own, 0, self.width), 1, self.heads)
-            key, value = _split_heads(self.query_key_value(x, self.width), 2, self.heads)
-        read = attention(query, key, value, mask, self.dropout if self.training else 0.0)
-        return self.norm(own + F.dropout(self.out(_join_heads(read)), self.dropout, self.training))
+            query, key, value = self.query_key_value(x).split(self.width, -1)
+        dropout = self.dropout if self.training else 0.0
+        read = attend_within(query, key, value, own_side, side, self.heads, dropout)
+        return self.norm(*self.out(read), own)
 
 
 class CrossAttention(nn.Module):
     """LayerNorm(x + W_o attention(x, other))."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.width, self.heads, self.dropout = config.width, config.heads, config.dropout
+        self.kernel, self.form = kernels.cross_attention, kernels.cross_attention_form
         self.query = nn.Linear(config.width, config.width)
         self.key_value = PackedLinear(config.width, 2 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.out = Projection(config.width, config.width, kernels.residual_norm)
+        self.norm = ResidualNorm(config, kernels.residual_norm)
 
-    def forward(
-        self, x: Tensor, other: Tensor, other_mask: Tensor | None, record: list[Tensor] | None = None
-    ) -> Tensor:
-        """x [P,T,D], other [P,U,D], other_mask bool [P,1,1,U] or None -> [P,T,D]; weights [P,H,T,U] are added to
-        `record`."""
-        (query,) = _split_heads(self.query(x), 1, self.heads)
-        key, value = _split_heads(self.key_value(other), 2, self.heads)
+    def forward(self, x: Tensor, other: Tensor, own: Side, side: Side, record: list[Tensor] | None = None) -> Tensor:
+        """x [..., D] as `own` lies, other [..., D] as `side` lies -> as `own` lies; attention weights [P,H,T,U] are
+        added to `record` (padded sides only)."""
+        dropout = self.dropout if self.training else 0.0
+        if record is None and self._absorbs(own, side, x):
+            return self.norm(*self._absorbed(x, other, own, side, dropout), x)
+        query = self.query(x)
+        key, value = self.key_value(other).split(self.width, -1)
         if record is not None:
-            record.append(attention_weights(query, key, other_mask))
-        read = attention(query, key, value, other_mask, self.dropout if self.training else 0.0)
-        return self.norm(x + F.dropout(self.out(_join_heads(read)), self.dropout, self.training))
+            record.append(attention_weights(split_heads(query, self.heads), split_heads(key, self.heads), side.mask))
+        read = attend_across(query, key, value, own, side, self.heads, dropout, self.kernel)
+        return self.norm(*self.out(read), x)
+
+    def _absorbs(self, own: Side, side: Side, x: Tensor) -> bool:
+        if self.form != "auto":
+            return self.form == "absorbed"
+        text, image = (own, side) if own.is_text else (side, own)
+        arch = arch_of(x) if x.is_cuda else None
+        return absorbed_pays(text.segments.longest, image.segments.longest, self.heads, self.width, arch)
+
+    def _absorbed(self, x: Tensor, other: Tensor, own: Side, side: Side, dropout: float) -> tuple[Tensor, Tensor]:
+        """(W_o attention, its bias), as `own` lies."""
+        text = own if own.is_text else side
+        weights = [p for linear in (self.query, self.key_value) for p in (linear.weight, linear.bias)]
+        read = absorbed_cross_attention(
+            own.padded(x),
+            side.padded(other),
+            text.segments.lengths,
+            *weights,
+            self.out.weight,
+            None if self.out.apart else self.out.bias,
+            self.heads,
+            "query" if own.is_text else "key",
+            dropout,
+        )
+        return own.lying(read), self.out.bias if self.out.apart else None
 
 
 class FeedForward(nn.Module):
     """LayerNorm(x + W_2 gelu(W_1 x)), 4 x wide."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.up = nn.Linear(config.width, 4 * config.width)
-        self.down = nn.Linear(4 * config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.up = Projection(config.width, 4 * config.width, kernels.gelu)
+        self.down = Projection(4 * config.width, config.width, kernels.residual_norm)
+        self.norm = ResidualNorm(config, kernels.residual_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        up, bias = self.up(x)
+        return self.norm(*self.down(F.gelu(up) if bias is None else bias_gelu(up, bias)), x)
 
 
 class Stream(nn.Module):
     """One side of a fusion layer: self-attention, cross-attention, feed-forward."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(config)
-        self.cross_attention = CrossAttention(config)
-        self.feed_forward = FeedForward(config)
+        self.self_attention = SelfAttention(config, kernels)
+        self.cross_attention = CrossAttention(config, kernels)
+        self.feed_forward = FeedForward(config, kernels)
 
     def forward(
         self,
         own: Tensor,
         other: Tensor,
-        own_mask: Tensor | None,
-        other_mask: Tensor | None,
-        rows: int | None = None,
+        own_side: Side,
+        other_side: Side,
+        first: bool = False,
         attended: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:
-        """own [P,T,D], other [P,U,D] -> [P,rows or T,D]. `attended`: the self-attention's result, if it is known
-        already."""
+        """own and other [..., D] as their sides lie -> as `own` lies, or [P,1,D] with `first`. `attended`: the
+        self-attention's result, if it is known already."""
         if attended is None:
-            attended = self.self_attention(own, own_mask, rows)
-        return self.feed_forward(self.cross_attention(attended, other, other_mask, record))
+            attended = self.self_attention(own, own_side, first)
+        if first:
+            own_side = own_side.only_first()
+        return self.feed_forward(self.cross_attention(attended, other, own_side, other_side, record))
 
 
 class CoAttentionLayer(nn.Module):
     """A pair of streams; both read the other side's *input* of the layer."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
-        self.text = Stream(config)
-        self.image = Stream(config)
+        self.text = Stream(config, kernels)
+        self.image = Stream(config, kernels)
 
     def forward(
         self,
         text: Tensor,
         image: Tensor,
-        text_mask: Tensor,
+        text_side: Side,
+        image_side: Side,
         need: Need = Need.ALL,
         image_attended: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """text [P,L,D], image [P,V,D], text_mask bool [P,1,1,L] -> (text, image), cut down to the rows needed."""
-        rows = 1 if need is Need.CLS else None
-        new_text = self.text(text, image, text_mask, None, rows, record=record)
+        """text [P,L,D] or [N,D], image [P,V,D] -> (text, image), cut down to the rows needed."""
+        first = need is Need.CLS
+        new_text = self.text(text, image, text_side, image_side, first, record=record)
         if need is Need.TEXT:
             return new_text, None
-        return new_text, self.image(image, text, None, text_mask, rows, image_attended)
+        return new_text, self.image(image, text, image_side, text_side, first, image_attended)
 
 
 class CoAttention(nn.Module):
     """Projections, token types, fusion layers and poolers."""
 
-    def __init__(self, config: FusionConfig, text_width: int, image_width: int) -> None:
+    def __init__(self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig) -> None:
         super().__init__()
         self.text_projection = nn.Linear(text_width, config.width)
         self.image_projection = nn.Linear(image_width, config.width)
         self.token_types = nn.Embedding(config.token_types, config.width)
-        self.layers = nn.ModuleList(CoAttentionLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(CoAttentionLayer(config, kernels) for _ in range(config.layers))
         self.text_pooler = Pooler(config.width)
         self.image_pooler = Pooler(config.width)
         self.activation_checkpointing = False
@@ -197,37 +261,47 @@ class CoAttention(nn.Module):
         parts: tuple[Part, ...],
         image_type: int = 1,
         with_attention: bool = False,
+        packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
         """One `Fused` per part. text [P,L,E] holds the parts' texts one after the other, image [N,V,E'] each picture
-        once."""
-        mask = text_mask[:, None, None, :]
+        once. packings: one per part, to work on packed texts."""
+        sizes = [part.pairs for part in parts]
+        if packings is None:
+            sides = [Side.padded_text(mask) for mask in text_mask.split(sizes)]
+            whole = sides[0] if len(sides) == 1 else Side.padded_text(text_mask)
+        else:
+            sides = [Side.packed_text(packing) for packing in packings]
+            whole = sides[0] if len(sides) == 1 else Side.packed_text(Packing.join(packings))
+        text = whole.lying(text)
         types = self.token_types(
             torch.arange(0, image_type + 1, image_type, device=text.device)
         )  # rows 0 and image_type
         text = self.text_projection(text) + types[0]
         image = self.image_projection(image) + types[1]
         record: list[Tensor] | None = [] if with_attention else None
-        text, image = self._layers_before_last(text, image, mask, parts, record)
-        sizes = [part.pairs for part in parts]
-        rows = zip(parts, text.split(sizes), image.split(sizes), mask.split(sizes), strict=True)
-        weights = _split_record(record, sizes)
-        return tuple(self._last_layer(part.need, *row, record=w) for (part, *row), w in zip(rows, weights, strict=True))
+        text, image = self._layers_before_last(text, image, whole, parts, record)
+        texts = text.split(sizes if packings is None else [len(packing.rows) for packing in packings])
+        rows = zip(parts, texts, image.split(sizes), sides, _split_record(record, sizes), strict=True)
+        return tuple(self._last_layer(part.need, *row) for part, *row in rows)
 
     def _layers_before_last(
-        self, text: Tensor, image: Tensor, mask: Tensor, parts: tuple[Part, ...], record: list[Tensor] | None
+        self, text: Tensor, image: Tensor, side: Side, parts: tuple[Part, ...], record: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         first_attended = None
         if any(part.images is not None for part in parts) or len(parts) > 1:
             if len(self.layers) > 1:
-                first_attended = _spread(self.layers[0].image.self_attention(image, None), parts)
+                first_attended = _spread(self.layers[0].image.self_attention(image, Side.images(image)), parts)
             image = _spread(image, parts)
+        image_side = Side.images(image)
         for layer in self.layers[:-1]:
-            text, image = self._run(layer, text, image, mask, Need.ALL, first_attended, record)
+            text, image = self._run(layer, text, image, side, image_side, Need.ALL, first_attended, record)
             first_attended = None
         return text, image
 
-    def _last_layer(self, need: Need, text: Tensor, image: Tensor, mask: Tensor, record: list[Tensor] | None) -> Fused:
-        text, new_image = self._run(self.layers[-1], text, image, mask, need, None, record)
+    def _last_layer(self, need: Need, text: Tensor, image: Tensor, side: Side, record: list[Tensor] | None) -> Fused:
+        text, new_image = self._run(self.layers[-1], text, image, side, Side.images(image), need, None, record)
+        if need is not Need.CLS:
+            text = side.padded(text)
         if need is Need.TEXT:
             return Fused(text, None, None, record)
         cls = torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(new_image[:, 0])], dim=-1)
@@ -237,17 +311,6 @@ class CoAttention(nn.Module):
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
-
-
-def _split_heads(packed: Tensor, count: int, heads: int) -> tuple[Tensor, ...]:
-    """[P,T,count*D] -> count tensors [P,H,T,K]."""
-    pairs, tokens, width = packed.shape
-    return packed.view(pairs, tokens, count, heads, width // (count * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _join_heads(x: Tensor) -> Tensor:
-    """[P,H,T,K] -> [P,T,D]."""
-    return x.transpose(1, 2).flatten(2)
 
 
 def _spread(image: Tensor, parts: tuple[Part, ...]) -> Tensor:

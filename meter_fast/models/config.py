@@ -3,7 +3,8 @@
 Numbers of `base()` are those of the published METER-CLIP16-RoBERTa (paper, section 4.1; METER `config.py`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 
 def _check_heads(what: str, width: int, heads: int) -> None:
@@ -119,6 +120,31 @@ class ModelConfig:
     mlm_head: bool = True
     itm_head: bool = True
     init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation each operator takes. "auto" is settled when a model is built: see `settle`.
+
+    cross_attention: "reference" (torch's operators) or "triton". cross_attention_form: "direct", or "absorbed" (the
+    image side's projections folded into the text side: the same numbers with less work where texts are short); "auto"
+    decides for each batch. text: "padded" to the batch's longest, or "packed" without padding. mlm_loss, residual_norm,
+    gelu (of the fusion layers): "reference" or "triton".
+    """
+
+    cross_attention: Literal["auto", "reference", "triton"] = "auto"
+    cross_attention_form: Literal["auto", "direct", "absorbed"] = "auto"
+    text: Literal["auto", "padded", "packed"] = "auto"
+    mlm_loss: Literal["auto", "reference", "triton"] = "auto"
+    residual_norm: Literal["auto", "reference", "triton"] = "auto"
+    gelu: Literal["auto", "reference", "triton"] = "auto"
+
+    def settle(self, gpu: bool) -> "KernelsConfig":
+        """With no "auto" left, but for the form: on a GPU Triton and packed texts, elsewhere the other ones."""
+        found = "triton" if gpu else "reference"
+        chosen = {name: found for name in ("cross_attention", "mlm_loss", "residual_norm", "gelu")}
+        chosen["text"] = "packed" if gpu else "padded"
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) == "auto"})
 
 
 def base() -> ModelConfig:

@@ -7,20 +7,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meter_fast.kernels.mlm_loss.op import linear_cross_entropy
+from meter_fast.kernels.mlm_loss.reference import mlm_loss
+
 LAYER_NORM_EPS = 1e-12
+
+
+class Decoder(nn.Linear):
+    """Scores of the whole vocabulary, or the loss on them. kernel: "reference" or "triton"."""
+
+    def __init__(self, width: int, vocab_size: int, kernel: str = "reference") -> None:
+        super().__init__(width, vocab_size)
+        self.kernel = kernel
+
+    def forward(self, rows: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """rows [M,D] -> logits [M,S], or with labels [M] int64 what `mlm_loss` returns."""
+        if labels is None:
+            return super().forward(rows)
+        if self.kernel == "triton":
+            return linear_cross_entropy(rows, self.weight, self.bias, labels)
+        return mlm_loss(super().forward(rows), labels)
 
 
 class MlmHead(nn.Module):
     """Rows [M,D] -> logits [M,S]: dense, GELU, LayerNorm, decoder with its own matrix (not the embedding table)."""
 
-    def __init__(self, width: int, vocab_size: int) -> None:
+    def __init__(self, width: int, vocab_size: int, kernel: str = "reference") -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.decoder = nn.Linear(width, vocab_size)
+        self.decoder = Decoder(width, vocab_size, kernel)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(rows))))
+    def forward(self, rows: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """With labels [M] int64: (summed loss float32 scalar, rows whose label is on top int64 scalar) in place of
+        logits."""
+        return self.decoder(self.norm(F.gelu(self.dense(rows))), labels)
 
 
 class ItmHead(nn.Linear):

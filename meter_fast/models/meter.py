@@ -4,13 +4,15 @@ Shape letters: B pairs, N distinct pictures, L text tokens, V image tokens, D fu
 Source: Dou et al. 2022, "An Empirical Study of Training End-to-End Vision-and-Language Transformers", section 3.
 """
 
+import torch
 from torch import Tensor, nn
 
 from meter_fast.kernels.cross_attention.reference import is_fused
 from meter_fast.models.co_attention import CoAttention, Fused, Need, Part
-from meter_fast.models.config import ModelConfig
+from meter_fast.models.config import KernelsConfig, ModelConfig
 from meter_fast.models.heads import ItmHead, MlmHead, init_new_weights
-from meter_fast.models.text import build_text, set_text_checkpointing
+from meter_fast.models.packing import Packing
+from meter_fast.models.text import build_text, encode_packed, encode_padded, set_text_checkpointing
 from meter_fast.models.vision import build_vision
 from meter_fast.models.weights import WeightsReport, load_text_weights, load_vision_weights
 
@@ -21,16 +23,25 @@ class Meter(nn.Module):
     """The model. Every parameter is used inside the forward of its own module, so that ZeRO-3 may partition it.
 
     config.vision.weights and config.text.weights are loaded unless `load_weights` is False; what was read, left out or
-    resized stands in `weight_reports`. Raises ValueError where a file does not fit.
+    resized stands in `weight_reports`. Raises ValueError where a file does not fit. kernels: which implementations to
+    take; they share weights and state dicts. What was chosen stands in the attribute `kernels`.
     """
 
-    def __init__(self, config: ModelConfig, load_weights: bool = True) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        load_weights: bool = True,
+        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008
+    ) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels = settle(kernels, config)
         self.vision = build_vision(config.vision)
         self.text = build_text(config.text)
-        self.fusion = CoAttention(config.fusion, config.text.width, config.vision.width)
-        self.mlm_head = MlmHead(config.fusion.width, config.text.vocab_size) if config.mlm_head else None
+        self.fusion = CoAttention(config.fusion, config.text.width, config.vision.width, kernels)
+        self.mlm_head = (
+            MlmHead(config.fusion.width, config.text.vocab_size, kernels.mlm_loss) if config.mlm_head else None
+        )
         self.itm_head = ItmHead(config.fusion.width) if config.itm_head else None
         for module in (self.fusion, self.mlm_head, self.itm_head):
             if module is not None:
@@ -48,15 +59,19 @@ class Meter(nn.Module):
         """images [N,3,H,W] normalised, in the model's dtype -> [N,V,D_vision], class token first."""
         return self.vision(images)
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids [B,L] int64, mask [B,L] bool (True: a token) -> [B,L,D_text]. Raises ValueError if L exceeds the
-        positions."""
+    def encode_text(self, ids: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
+        """ids [B,L] int64, mask [B,L] bool (True: a token, before all padding) -> [B,L,D_text].
+
+        packing: of `mask`, if known; used where kernels.text is "packed". Raises ValueError if L exceeds the positions.
+        """
         if ids.shape[1] > self.config.text.max_length:
             raise ValueError(
                 f"a text of {ids.shape[1]} tokens exceeds the {self.config.text.max_length} that text.max_positions="
                 f"{self.config.text.max_positions} allows: lower data.max_text_length or raise model.text.max_positions"
             )
-        return self.text(input_ids=ids, attention_mask=mask[:, None, None, :]).last_hidden_state
+        if self.kernels.text == "packed":
+            return encode_packed(self.text, ids, packing or Packing.of(mask))
+        return encode_padded(self.text, ids, mask)
 
     def fuse(
         self,
@@ -74,18 +89,31 @@ class Meter(nn.Module):
         """
         if text.shape[0] != image.shape[0]:
             raise ValueError(f"{text.shape[0]} texts and {image.shape[0]} pictures: give one picture for each text")
-        part = Part(need, text.shape[0])
-        return self.fusion(text, image, text_mask, (part,), image_type, attention)[0]
+        parts = (Part(need, text.shape[0]),)
+        if attention:  # the weights are those of padded texts
+            return self.fusion(text, image, text_mask, parts, image_type, attention)[0]
+        return self.fuse_parts(text, image, text_mask, parts, image_type)[0]
 
     def fuse_parts(
-        self, text: Tensor, image: Tensor, text_mask: Tensor, parts: tuple[Part, ...], image_type: int = 1
+        self,
+        text: Tensor,
+        image: Tensor,
+        text_mask: Tensor,
+        parts: tuple[Part, ...],
+        image_type: int = 1,
+        packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
         """Several `fuse` at once over shared pictures: the same results, with less work.
 
         text [P,L,D_text] and text_mask [P,L] hold the parts' texts one after the other (P = sum of their pairs), image
         [N,V,D_vision] each picture once. With dropout on, parts share the mask of what is computed once per picture.
+        packings: one for each part's rows of `text_mask`, if known; used where kernels.text is "packed".
         """
-        return self.fusion(text, image, text_mask, parts, image_type)
+        if self.kernels.text == "padded":
+            packings = None
+        elif packings is None:
+            packings = tuple(Packing.of(mask) for mask in text_mask.split([part.pairs for part in parts]))
+        return self.fusion(text, image, text_mask, parts, image_type, packings=packings)
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Trades memory for time: keep only each block's input and compute the block again in backward."""
@@ -103,3 +131,19 @@ class Meter(nn.Module):
             "fusion, image to image": (images, images),
         }
         return {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
+
+
+TRITON_HEADS = (32, 64, 128)
+AMPERE = (8, 0)
+
+
+def settle(kernels: KernelsConfig, config: ModelConfig) -> KernelsConfig:
+    """`kernels` with no "auto" left but for the form. Raises ValueError if the model does not fit what is asked for."""
+    size = config.fusion.width // config.fusion.heads
+    if kernels.cross_attention == "triton" and size not in TRITON_HEADS:
+        raise ValueError(
+            f"kernels.cross_attention=triton needs heads of size 32, 64 or 128; model.fusion.width="
+            f"{config.fusion.width} with {config.fusion.heads} heads has {size}: change them, or use reference"
+        )
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= AMPERE
+    return kernels.settle(gpu and size in TRITON_HEADS)

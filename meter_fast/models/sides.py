@@ -28,8 +28,9 @@ class Side:
     packing: Packing | None = None
 
     @staticmethod
-    def images(pairs: int, tokens: int, device: torch.device) -> "Side":
-        return Side(Segments.padded(pairs, tokens, device), is_text=False)
+    def images(x: Tensor) -> "Side":
+        """x [P,V,D]: every token exists."""
+        return Side(Segments.padded(x.shape[0], x.shape[1], x.device), is_text=False)
 
     @staticmethod
     def padded_text(mask: Tensor) -> "Side":
@@ -44,7 +45,10 @@ class Side:
     def first(self, x: Tensor) -> tuple[Tensor, "Side"]:
         """The first token of every sequence [P,1,D], and the side that these are."""
         own = x[:, :1] if self.packing is None else x.index_select(0, self.segments.starts)[:, None]
-        return own, Side(Segments.padded(own.shape[0], 1, x.device), self.is_text)
+        return own, self.only_first()
+
+    def only_first(self) -> "Side":
+        return Side(Segments.padded(len(self.segments), 1, self.segments.starts.device), self.is_text)
 
     def padded(self, x: Tensor) -> Tensor:
         """[P,T,D], whichever way x lies."""

@@ -3,21 +3,55 @@
 Source: Liu et al. 2019 (RoBERTa), Devlin et al. 2019 (BERT); METER, section 3.1.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from meter_fast.kernels.cross_attention.reference import attention
+from meter_fast.kernels.segments import Segments
+from meter_fast.kernels.varlen_attention import varlen_attention
 from meter_fast.models.config import TextConfig
+from meter_fast.models.packing import Packing
 
 CLASSES = {"roberta": (RobertaConfig, RobertaModel), "bert": (BertConfig, BertModel)}
 ATTENTION = "meter_fast"
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float, **_
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    segments: Segments | None = None,
+    **_,
 ) -> tuple[Tensor, None]:
-    """The attention core that all parts of the model share, as transformers calls it: -> ([B,L,H,K], None)."""
-    return attention(query, key, value, attention_mask, dropout).transpose(1, 2), None
+    """The attention cores that all parts of the model share, as transformers calls them: -> ([B,L,H,K], None).
+
+    With `segments`, B is 1 and L the tokens of all texts.
+    """
+    if segments is None:
+        return attention(query, key, value, attention_mask, dropout).transpose(1, 2), None
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    return varlen_attention(*rows, segments, segments, dropout)[None], None
+
+
+def encode_padded(text: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """ids [B,L] int64, mask [B,L] bool -> [B,L,E]."""
+    return text(input_ids=ids, attention_mask=mask[:, None, None, :]).last_hidden_state
+
+
+def encode_packed(text: nn.Module, ids: Tensor, packing: Packing) -> Tensor:
+    """ids [B,L] int64 -> [B,L,E], zeros on padding: no work is done there."""
+    if isinstance(text, RobertaModel):
+        positions = text.embeddings.create_position_ids_from_input_ids(ids, text.embeddings.padding_idx)
+    else:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    read = text(
+        input_ids=packing.pack(ids)[None], position_ids=packing.pack(positions)[None], segments=packing.segments
+    )
+    return packing.unpack(read.last_hidden_state[0])
 
 
 def build_text(config: TextConfig) -> nn.Module:

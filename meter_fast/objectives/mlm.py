@@ -8,7 +8,6 @@ rows only, not on all B*L. Shape letters: B pairs, L text tokens, M masked rows,
 from torch import Tensor
 
 from meter_fast.data.batch import PretrainBatch
-from meter_fast.kernels.mlm_loss.reference import mlm_loss
 from meter_fast.models.meter import Fused, Meter, Need, Part
 
 HEAD = "mlm_head"
@@ -27,5 +26,5 @@ def part(batch: PretrainBatch) -> Part:
 def loss(model: Meter, fused: Fused, batch: PretrainBatch, masked_total: float) -> tuple[Tensor, Tensor, Tensor]:
     """Summed cross-entropy / masked_total, float32 scalar; rows filled correctly; rows M (int64 scalars)."""
     rows = fused.text.flatten(0, 1).index_select(0, batch.masked_rows)
-    total, correct = mlm_loss(model.mlm_head(rows), batch.masked_labels)
+    total, correct = model.mlm_head(rows, batch.masked_labels)
     return (total / masked_total, correct, correct.new_full((), batch.masked_labels.numel()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models.meter import Meter
+from meter_fast.models.packing import Packing
 from meter_fast.objectives import itm, mlm
 
 OBJECTIVES: dict[str, ModuleType] = {"mlm": mlm, "itm": itm}
@@ -78,10 +79,20 @@ class Pretraining(nn.Module):
             images = torch.cat([images, batch.false_images])
         ids = torch.cat([objective.texts(batch) for objective in chosen])
         mask = torch.cat([batch.text_mask] * len(chosen))
-        fused = self.model.fuse_parts(self.model.encode_text(ids, mask), self.model.encode_image(images), mask, parts)
+        text, packings = self._encode_text(ids, mask, batch, len(chosen))
+        fused = self.model.fuse_parts(text, self.model.encode_image(images), mask, parts, packings=packings)
         losses, metrics = {}, {}
         for name, objective, rows in zip(self.objectives, chosen, fused, strict=True):
             losses[name], correct, count = objective.loss(self.model, rows, batch, totals.masked)
             metrics[name] = (correct, count)
         total = torch.stack(list(losses.values())).sum()
         return Losses(total, {name: value.detach() for name, value in losses.items()}, metrics)
+
+    def _encode_text(
+        self, ids: Tensor, mask: Tensor, batch: PretrainBatch, times: int
+    ) -> tuple[Tensor, tuple[Packing, ...] | None]:
+        """Encoded texts, and where packed ones lie, which is the same for every objective."""
+        if self.model.kernels.text == "padded":
+            return self.model.encode_text(ids, mask), None
+        packings = (Packing.of(batch.text_mask, batch.text_rows),) * times
+        return self.model.encode_text(ids, mask, Packing.join(packings)), packings

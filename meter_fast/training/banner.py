@@ -14,7 +14,9 @@ from torch import nn
 from meter_fast.config import RunConfig
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.sources import Sources
-from meter_fast.training.engine import Engine, state_bytes
+from meter_fast.kernels.varlen_attention import varlen_backend
+from meter_fast.models.meter import Meter
+from meter_fast.training.engine import DTYPES, Engine, state_bytes
 from meter_fast.training.pairs import Pairs
 from meter_fast.training.resume import Start, checkpoints_of
 from meter_fast.training.world import World
@@ -22,12 +24,13 @@ from meter_fast.training.world import World
 Row = tuple[str, str]
 
 
-def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: Start, model: nn.Module) -> list[Row]:
+def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: Start, model: Meter) -> list[Row]:
     """All rows of the start banner."""
     return [
         ("run", config.run.dir),
         ("devices", f"{world.size} x {_device(world.device)}, {dist.get_backend()}"),
         ("model", _parameters(model)),
+        ("kernels", _kernels(config, world, model)),
         ("engine", _engine(config, engine, world)),
         ("global batch", _batch(config, engine, world)),
         ("steps", f"{config.run.max_steps:,}, warm-up {engine.schedule.warmup_steps:,}, starting at {start.step:,}"),
@@ -63,6 +66,23 @@ def _parameters(model: nn.Module) -> str:
 def millions(count: int) -> str:
     """1234567 -> "1.23 M"."""
     return f"{count / 1e6:.3g} M"
+
+
+def _kernels(config: RunConfig, world: World, model: Meter) -> str:
+    device, chosen = world.device.type, model.kernels
+    plain = model.attention_backends(device, config.engine.dtype == "bf16", config.data.max_text_length)
+    parts = ["attention " + ", ".join(f"{part} {form}" for part, form in plain.items())]
+    parts.append(f"cross-attention {chosen.cross_attention}, {chosen.cross_attention_form} form")
+    texts = chosen.text
+    if texts == "packed":
+        texts += f" ({varlen_backend(device, DTYPES[config.engine.dtype], config.model.text.dropout)})"
+    parts += [
+        f"texts {texts}",
+        f"MLM loss {chosen.mlm_loss}",
+        f"residual norm {chosen.residual_norm}",
+        f"GELU {chosen.gelu}",
+    ]
+    return "; ".join(parts)
 
 
 def _engine(config: RunConfig, engine: Engine, world: World) -> str:

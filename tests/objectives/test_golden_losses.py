@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_cases import TOLERANCE, GoldenCase, relative
 from meter_fast.kernels.cross_attention import reference
 from torch import Tensor
@@ -22,7 +23,10 @@ def is_noise(name: str) -> bool:
 
 def test_logits_and_losses(case: GoldenCase) -> None:
     heads: dict[str, Tensor] = {}
-    case.model.mlm_head.register_forward_hook(lambda _m, _i, output: heads.update(mlm=output))
+    decoder = case.model.mlm_head.decoder
+    decoder.register_forward_hook(
+        lambda _m, inputs, _o: heads.update(mlm=F.linear(inputs[0], decoder.weight, decoder.bias))
+    )
     case.model.itm_head.register_forward_hook(lambda _m, inputs, output: heads.update(itm=output, cls=inputs[0]))
     batch = case.batch()
     losses = Pretraining(case.model)(batch)

@@ -51,7 +51,7 @@ def test_pretraining_equals_two_whole_passes(text: str, negatives: str, fusion_l
     losses = Pretraining(model)(batch)
     losses.loss.backward()
     found = gradients(model)
-    assert losses.loss.dtype == torch.float32
+    assert losses.loss.dtype == torch.float64
     for name, value in plain.items():
         assert losses.parts[name].item() == pytest.approx(value.item(), rel=EXACT)
     assert losses.loss.item() == pytest.approx((plain["mlm"] + plain["itm"]).item(), rel=EXACT)

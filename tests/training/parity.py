@@ -9,7 +9,7 @@ import torch
 from meter_fast.config import EngineConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.interop import original_name
-from meter_fast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
+from meter_fast.models.config import FusionConfig, KernelsConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.pretraining import Pretraining
 from meter_fast.training import world as worlds
@@ -31,7 +31,7 @@ def configuration(clip: float) -> RunConfig:
                 name="bert", width=32, layers=1, heads=2, ffn=64, vocab_size=WORDS, max_positions=32, token_types=2,
                 eps=1e-12, dropout=0.0, pad_id=0,
             ),
-            fusion=FusionConfig(width=32, layers=1, heads=2, dropout=0.0),
+            fusion=FusionConfig(width=32, layers=1, heads=1, dropout=0.0),
         ),
         optim=OptimConfig(lr=4e-3, clip=clip),
         run=RunOptions(max_steps=STEPS),
@@ -97,7 +97,7 @@ def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]
 def by_engine(config: RunConfig, world: worlds.World, steps: int) -> dict:
     """The same by DeepSpeed on this world's processes. What it found, for the test to judge."""
     torch.manual_seed(0)
-    model = Meter(config.model)
+    model = Meter(config.model, kernels=config.kernels)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = Engine(Pretraining(model), config, world, original_name, start if world.is_main else None)
     begun = {(kind, name): tensor.clone() for kind, name, tensor in engine.state.read()}
@@ -137,7 +137,9 @@ def compare(out: str, cases: list[dict]) -> int:
             activation_checkpointing=case.get("activation_checkpointing", False),
             ds_config=str(path) if case["zero"] == 3 and "offload" not in case else "",
         )  # fmt: skip
-        found = by_engine(replace(configuration(case["clip"]), engine=engine), world, case.get("steps", STEPS))
+        kernels = KernelsConfig(**case.get("kernels", {}))
+        config = replace(configuration(case["clip"]), engine=engine, kernels=kernels)
+        found = by_engine(config, world, case.get("steps", STEPS))
         losses, weights = references[case["clip"]]
         moved = found.pop("weights")
         embeddings = "text.embeddings.word_embeddings.weight"

@@ -22,6 +22,12 @@ RECOMPUTED = [
     {"zero": zero, "dtype": "fp32", "accumulation": 1, "clip": 0.0, "activation_checkpointing": True, "steps": 6}
     for zero in (2, 3)
 ]
+TRITON = dict.fromkeys(("cross_attention", "mlm_loss", "residual_norm", "gelu"), "triton") | {"text": "packed"}
+INTERPRETED = [  # the kernels run in Triton's interpreter, where there is no GPU
+    {"zero": zero, "dtype": "fp32", "accumulation": 1, "clip": 0.0, "steps": 6, "activation_checkpointing": zero == 3,
+     "kernels": {**TRITON, "cross_attention_form": form}}
+    for zero, form in [(1, "direct"), (3, "direct"), (3, "absorbed")]
+]  # fmt: skip
 # Largest relative difference of the loss: fp32 differs by the order of additions, bf16 by rounding of weights and
 # activations to 8 bits. Seen while the loss falls from 5.3 to 3.5: 2e-7 and 2e-3.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
@@ -31,7 +37,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 def results(request, ranks, tmp_path_factory):
     """All cases in one start of the processes; the worst loss difference is printed with -s."""
     out = tmp_path_factory.mktemp("parity") / "results.json"
-    cases = FP32 + (BF16 + OFFLOAD + RECOMPUTED if request.param == 2 else BF16[:2])
+    cases = FP32 + (BF16 + OFFLOAD + RECOMPUTED + INTERPRETED if request.param == 2 else BF16[:2])
     ranks.run(request.param, out.parent, "parity:compare", out=str(out), cases=cases, timeout=400).check()
     return json.loads(out.read_text())
 
