@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meter_fast.data.batch import PretrainBatch
+from meter_fast.models.config import KernelsConfig
 from meter_fast.models.meter import Meter
+
+PLAIN = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
 
 
 def plain_losses(model: Meter, batch: PretrainBatch) -> dict[str, Tensor]:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.pretrain_step [--size base] [--image-size 288] [--batch 4] [--dtype bf16] [--rounds 3]
 
-Plain is the published procedure on the same modules (`benchmarks/plain.py`) with texts padded to 50 tokens; ours pads
-to the longest caption. Rounds alternate, so that a slow spell of the machine meets both. FLOPs are counted by torch's
-FlopCounterMode with attention written out as multiplications, because the fused CPU operator counts as nothing.
+Plain is the published procedure in torch's operators (`benchmarks/plain.py`) with texts padded to 50 tokens; ours pads
+to the longest caption and takes the kernels and forms that the model chooses by itself. Rounds alternate, so that a
+slow spell of the machine meets both. FLOPs are counted by torch's FlopCounterMode with attention written out as
+multiplications, because the fused CPU operator counts as nothing.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plain import pad_text, plain_losses
+from benchmarks.plain import PLAIN, pad_text, plain_losses
 from benchmarks.record import append
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models import config as models
@@ -92,20 +93,24 @@ def main() -> None:
         config, text=replace(config.text, dropout=0.0), fusion=replace(config.fusion, dropout=0.0)
     )  # the same losses on both sides
     torch.manual_seed(0)
-    model = Meter(config).to(device, dtype)
+    models_of = {
+        "plain": Meter(config, kernels=PLAIN).to(device, dtype),
+        "fast": Meter(config).to(device, dtype),
+    }
+    models_of["fast"].load_state_dict(models_of["plain"].state_dict())
     batch = make_batch(config, arguments.batch, dtype, device)
     padded = pad_text(batch, PADDED, config.text.pad_id)
-    task = Pretraining(model)
+    task = Pretraining(models_of["fast"])
     sides = {
-        "plain": lambda: sum(plain_losses(model, padded).values()),
+        "plain": lambda: sum(plain_losses(models_of["plain"], padded).values()),
         "fast": lambda: task(batch).loss,
     }
     losses = {name: side().item() for name, side in sides.items()}
-    flops = {name: count_flops(model, side) / arguments.batch for name, side in sides.items()}
+    flops = {name: count_flops(models_of[name], side) / arguments.batch for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.rounds):
         for name, side in sides.items():
-            seconds[name].append(forward_backward(model, side))
+            seconds[name].append(forward_backward(models_of[name], side))
     case = f"{arguments.size} {config.vision.image_size}px batch {arguments.batch} {arguments.dtype}"
     rows = []
     print(f"{case}\n{'':8}{'loss':>10}{'GFLOP/sample':>15}{'ms/sample':>12}")

@@ -63,6 +63,7 @@ def _padded_attention(
 ) -> Tensor:
     query_rows, queries = _places(query_segments, len(query))
     key_rows, keys = _places(key_segments, len(key))
+    keys = keys | ~keys.any(1, keepdim=True)  # nothing is read of an empty sequence, and a softmax over nothing is NaN
     split = [x[rows].transpose(1, 2) for x, rows in ((query, query_rows), (key, key_rows), (value, key_rows))]
     read = attention(*split, keys[:, None, None, :], dropout).transpose(1, 2)
     return torch.zeros_like(query).index_copy(0, query_rows[queries], read[queries])

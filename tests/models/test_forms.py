@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.plain import PLAIN
 from meter_fast.models.co_attention import CoAttentionLayer
 from meter_fast.models.config import FusionConfig, KernelsConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.meter import Meter, Need, Part
 from meter_fast.models.packing import Packing
 from meter_fast.models.sides import Side
 
-PLAIN = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
 LENGTHS = (5, 1, 8, 3)
 COMBINATIONS = [
     KernelsConfig(*choice, "triton", "triton", "triton")
