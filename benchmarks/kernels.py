@@ -13,6 +13,7 @@ Forward and forward + backward of each variant are timed, by turns on a CPU; bac
 
 import argparse
 import csv
+import inspect
 import math
 import os
 import statistics
@@ -231,7 +232,8 @@ def liger_loss(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, label
 def cce_loss(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 
-    return cut_cross_entropy(hidden[rows], weight, labels, bias)
+    takes_bias = "bias" in inspect.signature(cut_cross_entropy).parameters  # not in every version
+    return cut_cross_entropy(hidden[rows], weight, labels, **({"bias": bias} if takes_bias else {}))
 
 
 def loss_cases(batch: int, device: str) -> Iterator[Case]:
