@@ -39,6 +39,7 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pretrain_step
+	$(BIN)/python -m benchmarks.kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
