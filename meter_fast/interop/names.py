@@ -28,6 +28,7 @@ FUSION_BLOCK = {
     "feed_forward.down": ("output.dense",),
     "feed_forward.norm": ("output.LayerNorm",),
 }
+MERGED_BLOCK = tuple(name for name in FUSION_BLOCK if not name.startswith("cross_attention."))
 HEADS = {
     "mlm_head.dense.weight": "mlm_score.transform.dense.weight",
     "mlm_head.dense.bias": "mlm_score.transform.dense.bias",
@@ -43,7 +44,8 @@ HEADS = {
 def original_names(name: str) -> tuple[str, ...]:
     """Published names of one of our parameters, in the order in which they are stacked. A leading "model." is allowed.
 
-    Raises ValueError if the model has no such parameter.
+    Layers of merged attention were never published; theirs are written in the same style, so that groups can be decided
+    on them. Raises ValueError if the model has no such parameter.
     """
     name = name.removeprefix("model.")
     top, _, rest = name.partition(".")
@@ -73,6 +75,9 @@ def _fusion_names(rest: str) -> tuple[str, ...]:
     module, _, kind = rest.rpartition(".")
     if module in FUSION_TOP:
         return (f"{FUSION_TOP[module]}.{kind}",)
+    parts = module.split(".", 2)
+    if len(parts) == 3 and parts[0] == "layers" and parts[2] in MERGED_BLOCK:
+        return tuple(f"cross_modal_layers.{parts[1]}.{inner}.{kind}" for inner in FUSION_BLOCK[parts[2]])
     parts = module.split(".", 3)
     if len(parts) == 4 and parts[0] == "layers" and parts[2] in ("text", "image") and parts[3] in FUSION_BLOCK:
         return tuple(f"cross_modal_{parts[2]}_layers.{parts[1]}.{inner}.{kind}" for inner in FUSION_BLOCK[parts[3]])

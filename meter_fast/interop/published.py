@@ -65,6 +65,7 @@ def from_meter(
         state, published = _open(content)
         if config is None:
             config = infer_config(state, published, text_heads, fusion_heads, image_size)
+        _must_co_attend(config)
         return _build(state, config, tuple(allow_missing), tuple(allow_unexpected))
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
@@ -74,8 +75,9 @@ def to_meter(model: Meter, unused: Mapping[str, Tensor] | None = None) -> dict[s
     """The state dict of the published code for our model, float32: all names, those it never computes with too.
 
     unused: values of these (`LoadReport.unused`); without them: zeros, LayerNorm 1 and 0, position_ids 0, 1, 2, ...
-    Tensors lie where the model's do and share no memory with it.
+    Tensors lie where the model's do and share no memory with it. Raises ValueError for a model with merged attention.
     """
+    _must_co_attend(model.config)
     state = {name: part.float().clone() for name, part in to_published(model.state_dict()).items()}
     for name, value in _never_computed(model).items():
         state[name] = value
@@ -95,6 +97,15 @@ def to_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for their_name, part in zip(theirs, value.chunk(len(theirs)), strict=True):
             published[their_name] = part.reshape(_their_shape(their_name, part))
     return published
+
+
+def _must_co_attend(config: ModelConfig) -> None:
+    if config.fusion.name != "co_attention":
+        raise ValueError(
+            f"model.fusion.name={config.fusion.name}: published METER checkpoints have co-attention layers, which a "
+            "model of another fusion cannot take or give; use model.fusion.name=co_attention, or for your own model "
+            "its export folder"
+        )
 
 
 def _open(content: Mapping[str, object]) -> tuple[dict[str, Tensor], Mapping[str, object]]:

@@ -9,117 +9,16 @@ and the first layer's self-attention on the image side) is computed once per pic
 pairs.
 """
 
-from dataclasses import dataclass
-from enum import Enum
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meter_fast.kernels.cross_attention.absorbed import absorbed_cross_attention, absorbed_pays
 from meter_fast.kernels.cross_attention.reference import attention_weights
-from meter_fast.kernels.gelu.op import bias_gelu
 from meter_fast.kernels.launch import arch_of
-from meter_fast.kernels.residual_norm.op import residual_norm
+from meter_fast.models.blocks import FeedForward, PackedLinear, Projection, ResidualNorm, SelfAttention
 from meter_fast.models.config import FusionConfig, KernelsConfig
-from meter_fast.models.heads import LAYER_NORM_EPS, Pooler
+from meter_fast.models.fusion import Fused, Fusion, Need, Part, split_record, spread
 from meter_fast.models.packing import Packing
-from meter_fast.models.sides import Side, attend_across, attend_within, split_heads
-
-
-class Need(Enum):
-    """Rows that a caller reads after the last layer."""
-
-    ALL = "all"  # every text row, every image row, cls
-    TEXT = "text"  # every text row
-    CLS = "cls"  # cls only: the first row of each side, pooled
-
-
-@dataclass(frozen=True)
-class Part:
-    """One reader: `pairs` consecutive texts, the pictures that go with them, and the rows it needs.
-
-    images [pairs] int64: index of each text's picture; None: text i goes with picture i.
-    """
-
-    need: Need
-    pairs: int
-    images: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Fused:
-    """text [P,L,D], image [P,V,D], cls [P,2D] (text half first); None where `Need` did not ask.
-
-    attention: per layer the weights from text to image [P,H,L,V] float32, when asked for.
-    """
-
-    text: Tensor | None
-    image: Tensor | None
-    cls: Tensor | None
-    attention: list[Tensor] | None = None
-
-
-class PackedLinear(nn.Linear):
-    """Several projections of one input kept in one matrix, so that one multiplication does them all."""
-
-    def forward(self, x: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
-        """x [..., D] -> outputs begin..end of all outputs."""
-        if begin == 0 and end is None:
-            return F.linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight[begin:end], self.bias[begin:end])
-
-
-class Projection(nn.Linear):
-    """A linear layer that can leave its bias to the kernel that follows."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: str) -> None:
-        super().__init__(inputs, outputs)
-        self.apart = kernel == "triton"
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [..., D] -> (W x, bias), or (W x + bias, None)."""
-        return (F.linear(x, self.weight), self.bias) if self.apart else (super().forward(x), None)
-
-
-class ResidualNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x + bias)), in one kernel or in torch's operators."""
-
-    def __init__(self, config: FusionConfig, kernel: str) -> None:
-        super().__init__(config.width, eps=LAYER_NORM_EPS)
-        self.dropout, self.kernel = config.dropout, kernel
-
-    def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """x and residual [..., D], bias [D] -> [..., D]."""
-        if self.kernel == "triton":
-            dropout = self.dropout if self.training else 0.0
-            return residual_norm(x, bias, residual, self.weight, self.bias, self.eps, dropout)
-        x = x if bias is None else x + bias
-        return super().forward(residual + F.dropout(x, self.dropout, self.training))
-
-
-class SelfAttention(nn.Module):
-    """LayerNorm(x + W_o attention(x, x)), for all tokens of a side or for the first ones only."""
-
-    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
-        super().__init__()
-        self.width, self.heads, self.dropout = (config.width, config.heads, config.dropout)
-        self.query_key_value = PackedLinear(config.width, 3 * config.width)
-        self.out = Projection(config.width, config.width, kernels.residual_norm)
-        self.norm = ResidualNorm(config, kernels.residual_norm)
-
-    def forward(self, x: Tensor, side: Side, first: bool = False) -> Tensor:
-        """x [..., D] as `side` lies -> the same, or [P,1,D] with `first`."""
-        own, own_side = side.first(x) if first else (x, side)
-        if first:
-            query = self.query_key_value(own, 0, self.width)
-            key, value = self.query_key_value(x, self.width).split(self.width, -1)
-        else:
-            query, key, value = self.query_key_value(x).split(self.width, -1)
-        dropout = self.dropout if self.training else 0.0
-        read = attend_within(query, key, value, own_side, side, self.heads, dropout)
-        return self.norm(*self.out(read), own)
+from meter_fast.models.sides import Side, attend_across, split_heads
 
 
 class CrossAttention(nn.Module):
@@ -172,20 +71,6 @@ class CrossAttention(nn.Module):
         return own.lying(read), self.out.bias if self.out.apart else None
 
 
-class FeedForward(nn.Module):
-    """LayerNorm(x + W_2 gelu(W_1 x)), 4 x wide."""
-
-    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
-        super().__init__()
-        self.up = Projection(config.width, 4 * config.width, kernels.gelu)
-        self.down = Projection(4 * config.width, config.width, kernels.residual_norm)
-        self.norm = ResidualNorm(config, kernels.residual_norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, bias = self.up(x)
-        return self.norm(*self.down(F.gelu(up) if bias is None else bias_gelu(up, bias)), x)
-
-
 class Stream(nn.Module):
     """One side of a fusion layer: self-attention, cross-attention, feed-forward."""
 
@@ -208,7 +93,7 @@ class Stream(nn.Module):
         """own and other [..., D] as their sides lie -> as `own` lies, or [P,1,D] with `first`. `attended`: the
         self-attention's result, if it is known already."""
         if attended is None:
-            attended = self.self_attention(own, own_side, first)
+            attended = self.self_attention(own, own_side, *(own_side.first(own) if first else ()))
         if first:
             own_side = own_side.only_first()
         return self.feed_forward(self.cross_attention(attended, other, own_side, other_side, record))
@@ -240,18 +125,13 @@ class CoAttentionLayer(nn.Module):
         return new_text, self.image(image, text, image_side, text_side, first, image_attended)
 
 
-class CoAttention(nn.Module):
-    """Projections, token types, fusion layers and poolers."""
+class CoAttention(Fusion):
+    """Pairs of streams that read each other."""
+
+    takes_packed = True
 
     def __init__(self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig) -> None:
-        super().__init__()
-        self.text_projection = nn.Linear(text_width, config.width)
-        self.image_projection = nn.Linear(image_width, config.width)
-        self.token_types = nn.Embedding(config.token_types, config.width)
-        self.layers = nn.ModuleList(CoAttentionLayer(config, kernels) for _ in range(config.layers))
-        self.text_pooler = Pooler(config.width)
-        self.image_pooler = Pooler(config.width)
-        self.activation_checkpointing = False
+        super().__init__(config, text_width, image_width, kernels, CoAttentionLayer)
 
     def forward(
         self,
@@ -272,16 +152,11 @@ class CoAttention(nn.Module):
         else:
             sides = [Side.packed_text(packing) for packing in packings]
             whole = sides[0] if len(sides) == 1 else Side.packed_text(Packing.join(packings))
-        text = whole.lying(text)
-        types = self.token_types(
-            torch.arange(0, image_type + 1, image_type, device=text.device)
-        )  # rows 0 and image_type
-        text = self.text_projection(text) + types[0]
-        image = self.image_projection(image) + types[1]
+        text, image = self._project(whole.lying(text), image, image_type)
         record: list[Tensor] | None = [] if with_attention else None
         text, image = self._layers_before_last(text, image, whole, parts, record)
         texts = text.split(sizes if packings is None else [len(packing.rows) for packing in packings])
-        rows = zip(parts, texts, image.split(sizes), sides, _split_record(record, sizes), strict=True)
+        rows = zip(parts, texts, image.split(sizes), sides, split_record(record, sizes), strict=True)
         return tuple(self._last_layer(part.need, *row) for part, *row in rows)
 
     def _layers_before_last(
@@ -290,8 +165,8 @@ class CoAttention(nn.Module):
         first_attended = None
         if any(part.images is not None for part in parts) or len(parts) > 1:
             if len(self.layers) > 1:
-                first_attended = _spread(self.layers[0].image.self_attention(image, Side.images(image)), parts)
-            image = _spread(image, parts)
+                first_attended = spread(self.layers[0].image.self_attention(image, Side.images(image)), parts)
+            image = spread(image, parts)
         image_side = Side.images(image)
         for layer in self.layers[:-1]:
             text, image = self._run(layer, text, image, side, image_side, Need.ALL, first_attended, record)
@@ -304,25 +179,5 @@ class CoAttention(nn.Module):
             text = side.padded(text)
         if need is Need.TEXT:
             return Fused(text, None, None, record)
-        cls = torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(new_image[:, 0])], dim=-1)
+        cls = self._pool(text, new_image)
         return Fused(None, None, cls, record) if need is Need.CLS else Fused(text, new_image, cls, record)
-
-    def _run(self, layer: CoAttentionLayer, *inputs: object) -> tuple[Tensor, Tensor | None]:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
-
-
-def _spread(image: Tensor, parts: tuple[Part, ...]) -> Tensor:
-    """[N,V,D], one row per picture -> [P,V,D], one row per pair.
-
-    Part by part, not with one long index: backward then adds few values per row, in an order that does not change.
-    """
-    return torch.cat([image[: p.pairs] if p.images is None else image.index_select(0, p.images) for p in parts])
-
-
-def _split_record(record: list[Tensor] | None, sizes: list[int]) -> list[list[Tensor] | None]:
-    if record is None:
-        return [None] * len(sizes)
-    by_layer = [weights.split(sizes) for weights in record]
-    return [[weights[i] for weights in by_layer] for i in range(len(sizes))]

@@ -6,6 +6,8 @@ Numbers of `base()` are those of the published METER-CLIP16-RoBERTa (paper, sect
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+FUSIONS = ("co_attention", "merged_attention")
+
 
 def _check_heads(what: str, width: int, heads: int) -> None:
     if heads < 1 or width % heads:
@@ -87,11 +89,13 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """Co-attention: pairs of fusion layers, feed-forward 4 x width, LayerNorm eps 1e-12.
+    """Fusion of text and image, "co_attention" or "merged_attention". Feed-forward 4 x width, LayerNorm eps 1e-12.
 
+    layers: pairs of layers, one for each side, of co-attention (6 in the paper), or layers of merged attention (12).
     token_types: rows of the table added before the first layer: text, image (and a second image for NLVR2).
     """
 
+    name: str = "co_attention"
     width: int = 768
     layers: int = 6
     heads: int = 12
@@ -99,6 +103,8 @@ class FusionConfig:
     token_types: int = 2
 
     def __post_init__(self) -> None:
+        if self.name not in FUSIONS:
+            raise ValueError(f"fusion.name={self.name!r} is unknown: use one of {', '.join(FUSIONS)}")
         _check_heads("fusion", self.width, self.heads)
         if self.layers < 1:
             raise ValueError(f"fusion.layers={self.layers}: at least one fusion layer is needed")

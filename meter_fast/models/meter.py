@@ -1,22 +1,28 @@
-"""METER assembled: two encoders, co-attention, heads. Knows no batch, no loss, no optimizer.
+"""METER assembled: two encoders, fusion, heads. Knows no batch, no loss, no optimizer.
 
 Shape letters: B pairs, N distinct pictures, L text tokens, V image tokens, D fusion width, S vocabulary, M masked rows.
 Source: Dou et al. 2022, "An Empirical Study of Training End-to-End Vision-and-Language Transformers", section 3.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from meter_fast.kernels.cross_attention.reference import is_fused
-from meter_fast.models.co_attention import CoAttention, Fused, Need, Part
+from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.fusion import Fused, Need, Part
 from meter_fast.models.heads import ItmHead, MlmHead, init_new_weights
+from meter_fast.models.merged_attention import MergedAttention
 from meter_fast.models.packing import Packing
 from meter_fast.models.text import build_text, encode_packed, encode_padded, set_text_checkpointing
 from meter_fast.models.vision import build_vision
 from meter_fast.models.weights import WeightsReport, load_text_weights, load_vision_weights
 
 __all__ = ["Fused", "Meter", "Need", "Part"]
+
+FUSIONS = {"co_attention": CoAttention, "merged_attention": MergedAttention}
 
 
 class Meter(nn.Module):
@@ -38,7 +44,7 @@ class Meter(nn.Module):
         self.kernels = kernels = settle(kernels, config)
         self.vision = build_vision(config.vision)
         self.text = build_text(config.text)
-        self.fusion = CoAttention(config.fusion, config.text.width, config.vision.width, kernels)
+        self.fusion = FUSIONS[config.fusion.name](config.fusion, config.text.width, config.vision.width, kernels)
         self.mlm_head = (
             MlmHead(config.fusion.width, config.text.vocab_size, kernels.mlm_loss) if config.mlm_head else None
         )
@@ -107,9 +113,9 @@ class Meter(nn.Module):
 
         text [P,L,D_text] and text_mask [P,L] hold the parts' texts one after the other (P = sum of their pairs), image
         [N,V,D_vision] each picture once. With dropout on, parts share the mask of what is computed once per picture.
-        packings: one for each part's rows of `text_mask`, if known; used where kernels.text is "packed".
+        packings: one for each part's rows of `text_mask`, if known; co-attention uses them if kernels.text is "packed".
         """
-        if self.kernels.text == "padded":
+        if self.kernels.text == "padded" or not self.fusion.takes_packed:
             packings = None
         elif packings is None:
             packings = tuple(Packing.of(mask) for mask in text_mask.split([part.pairs for part in parts]))
@@ -124,12 +130,11 @@ class Meter(nn.Module):
     def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
         """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's) or "plain"."""
         texts, images = text_length, self.config.vision.tokens
-        sizes = {
-            "vision": (images, images),
-            "text": (texts, texts),
-            "fusion, text to image": (texts, images),
-            "fusion, image to image": (images, images),
-        }
+        sizes = {"vision": (images, images), "text": (texts, texts)}
+        if self.config.fusion.name == "merged_attention":
+            sizes |= {"fusion": (images + texts, images + texts)}
+        else:
+            sizes |= {"fusion, text to image": (texts, images), "fusion, image to image": (images, images)}
         return {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
 
 
@@ -140,6 +145,8 @@ AMPERE = (8, 0)
 def settle(kernels: KernelsConfig, config: ModelConfig) -> KernelsConfig:
     """`kernels` with no "auto" left but for the form. Raises ValueError if the model does not fit what is asked for."""
     size = config.fusion.width // config.fusion.heads
+    if config.fusion.name == "merged_attention":
+        kernels = _without_cross_attention(kernels)
     if kernels.cross_attention == "triton" and size not in TRITON_HEADS:
         raise ValueError(
             f"kernels.cross_attention=triton needs heads of size 32, 64 or 128; model.fusion.width="
@@ -147,3 +154,14 @@ def settle(kernels: KernelsConfig, config: ModelConfig) -> KernelsConfig:
         )
     gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= AMPERE
     return kernels.settle(gpu and size in TRITON_HEADS)
+
+
+def _without_cross_attention(kernels: KernelsConfig) -> KernelsConfig:
+    """Merged attention reads text and picture in one self-attention: nothing is left to choose there."""
+    for key, choices in (("cross_attention", ("auto", "reference")), ("cross_attention_form", ("auto", "direct"))):
+        if getattr(kernels, key) not in choices:
+            raise ValueError(
+                f"kernels.{key}={getattr(kernels, key)}: model.fusion.name=merged_attention has no cross-attention; "
+                f"use {' or '.join(choices)}"
+            )
+    return replace(kernels, cross_attention="reference", cross_attention_form="direct")

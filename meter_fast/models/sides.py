@@ -6,6 +6,7 @@ A padded side is x [P,T,D]. A packed side, which only text can be, is x [N,D]: t
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from meter_fast.kernels.cross_attention.op import cross_attention
@@ -41,6 +42,12 @@ class Side:
     @staticmethod
     def packed_text(packing: Packing) -> "Side":
         return Side(packing.segments, is_text=True, packing=packing)
+
+    @staticmethod
+    def merged(mask: Tensor, images: int) -> "Side":
+        """Pictures of `images` tokens, each followed by its text: mask bool [P,L], True on the texts' tokens."""
+        segments = Segments.padded(mask.shape[0], images + mask.shape[1], mask.device, images + mask.sum(1))
+        return Side(segments, is_text=False, mask=F.pad(mask, (images, 0), value=True)[:, None, None, :])
 
     def first(self, x: Tensor) -> tuple[Tensor, "Side"]:
         """The first token of every sequence [P,1,D], and the side that these are."""

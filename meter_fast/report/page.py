@@ -30,9 +30,9 @@ now and then the other one fits too, so a perfect score is out of reach."""
 NOVEL = """{pictures:,} pictures with {captions:,} captions that name a colour and a shape never drawn together in
 training: high scores here mean that colour and shape were learned apart."""
 LOOK = """Chosen by their place in the file, not by the result. Left, the picture as the model sees it; right, where
-the hidden word looks: the cross-attention of the upper fusion layers, mean over heads, amber where a patch gets more
-than an even share. Below, the five best fills, and how probable it is that a caption belongs to the picture: its own,
-the same with one word changed, and the caption of another picture."""
+the hidden word looks: its attention to the picture in the upper fusion layers, mean over heads, amber where a patch
+gets more than an even share. Below, the five best fills, and how probable it is that a caption belongs to the picture:
+its own, the same with one word changed, and the caption of another picture."""
 CURVES = """Over optimizer steps. Thin lines are what was recorded, bold ones their running mean, dots the held-out
 pairs scored along the way."""
 SCORE_HEAD = """<tr><th></th><th></th><th class="number">accuracy</th><th class="number">pictures exchanged</th>

@@ -72,7 +72,8 @@ def _kernels(config: RunConfig, world: World, model: Meter) -> str:
     device, chosen = world.device.type, model.kernels
     plain = model.attention_backends(device, config.engine.dtype == "bf16", config.data.max_text_length)
     parts = ["attention " + ", ".join(f"{part} {form}" for part, form in plain.items())]
-    parts.append(f"cross-attention {chosen.cross_attention}, {chosen.cross_attention_form} form")
+    if config.model.fusion.name == "co_attention":
+        parts.append(f"cross-attention {chosen.cross_attention}, {chosen.cross_attention_form} form")
     texts = chosen.text
     if texts == "packed":
         texts += f" ({varlen_backend(device, DTYPES[config.engine.dtype], config.model.text.dropout)})"

@@ -7,7 +7,9 @@ from meter_fast.models.config import FusionConfig, ModelConfig, TextConfig, Visi
 from meter_fast.models.meter import Meter
 
 
-def small_model(text: str = "bert", fusion_layers: int = 2, dropout: float = 0.0) -> Meter:
+def small_model(
+    text: str = "bert", fusion_layers: int = 2, dropout: float = 0.0, fusion: str = "co_attention"
+) -> Meter:
     """A random model whose weights are large enough for every path to matter."""
     torch.manual_seed(1)
     roberta = text == "roberta"
@@ -27,7 +29,7 @@ def small_model(text: str = "bert", fusion_layers: int = 2, dropout: float = 0.0
                 dropout=dropout,
                 pad_id=1 if roberta else 0,
             ),
-            FusionConfig(width=16, layers=fusion_layers, heads=2, dropout=dropout),
+            FusionConfig(fusion, width=16, layers=fusion_layers, heads=2, dropout=dropout),
         )
     )
     with torch.no_grad():

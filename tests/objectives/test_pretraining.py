@@ -5,6 +5,7 @@ import torch
 from small_case import small_batch, small_model
 from torch import nn
 
+from meter_fast.models.config import FUSIONS
 from meter_fast.objectives.pretraining import Pretraining, Totals
 
 
@@ -44,9 +45,10 @@ def module_itm(module: Pretraining, batch) -> torch.Tensor:
     return Pretraining(module.model, ("itm",))(batch).loss
 
 
-def test_no_masked_token() -> None:
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_no_masked_token(fusion: str) -> None:
     """A micro-batch may have none: the loss is finite, and every parameter gets a gradient, as collectives need."""
-    model, batch = small_model(), small_batch()
+    model, batch = small_model(fusion=fusion), small_batch()
     empty = type(batch)(
         **{**vars(batch), "masked_rows": batch.masked_rows[:0], "masked_labels": batch.masked_labels[:0]}
     )
@@ -58,8 +60,9 @@ def test_no_masked_token() -> None:
     assert not model.mlm_head.decoder.weight.grad.any()
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    model = small_model()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_parameter_gets_a_gradient(fusion: str) -> None:
+    model = small_model(fusion=fusion)
     Pretraining(model)(small_batch()).loss.backward()
     without = [
         name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
@@ -67,8 +70,9 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert without == []
 
 
-def test_bfloat16_forward_and_backward() -> None:
-    model, batch = small_model(), small_batch()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_bfloat16_forward_and_backward(fusion: str) -> None:
+    model, batch = small_model(fusion=fusion), small_batch()
     expected = Pretraining(model)(batch).loss.item()
     model.bfloat16()
     losses = Pretraining(model)(batch.to("cpu", torch.bfloat16))
@@ -88,10 +92,11 @@ def test_dropout_acts_in_training_only() -> None:
     assert module(batch).loss.item() == module(batch).loss.item()
 
 
-def test_parameters_are_used_inside_their_own_module() -> None:
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_parameters_are_used_inside_their_own_module(fusion: str) -> None:
     """As under ZeRO-3: a module's parameters are there from its own forward to the end of it and empty at all other
     times."""
-    model, batch = small_model(fusion_layers=2), small_batch("dataset")
+    model, batch = small_model(fusion=fusion), small_batch("dataset")
     module = Pretraining(model).eval()
     with torch.no_grad():
         expected = module(batch).loss.item()

@@ -8,6 +8,7 @@ from small_case import small_batch, small_model
 from torch import Tensor, nn
 
 from benchmarks.plain import plain_losses
+from meter_fast.models.config import FUSIONS
 from meter_fast.models.meter import Meter, Need, Part
 from meter_fast.objectives.pretraining import Pretraining
 
@@ -42,8 +43,9 @@ def check_value_bias_gradients(found: dict[str, Tensor | None], expected: dict[s
 @pytest.mark.parametrize("text", ["bert", "roberta"])
 @pytest.mark.parametrize("negatives", ["batch", "dataset"])
 @pytest.mark.parametrize("fusion_layers", [1, 3])
-def test_pretraining_equals_two_whole_passes(text: str, negatives: str, fusion_layers: int) -> None:
-    model = small_model(text, fusion_layers).double()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_pretraining_equals_two_whole_passes(text: str, negatives: str, fusion_layers: int, fusion: str) -> None:
+    model = small_model(text, fusion_layers, fusion=fusion).double()
     batch = small_batch(negatives, pad_id=model.config.text.pad_id).to("cpu", torch.float64)
     plain = plain_losses(model, batch)
     (plain["mlm"] + plain["itm"]).backward()
@@ -60,8 +62,9 @@ def test_pretraining_equals_two_whole_passes(text: str, negatives: str, fusion_l
 
 
 @pytest.mark.parametrize("name", ["mlm", "itm"])
-def test_one_objective_alone(name: str) -> None:
-    model = small_model().double()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_one_objective_alone(name: str, fusion: str) -> None:
+    model = small_model(fusion=fusion).double()
     batch = small_batch("dataset").to("cpu", torch.float64)
     plain = plain_losses(model, batch)[name]
     plain.backward()
@@ -140,9 +143,10 @@ def test_work_is_saved(negatives: str) -> None:
     }
 
 
-def test_padding_changes_nothing() -> None:
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_padding_changes_nothing(fusion: str) -> None:
     """A batch padded further gives the same losses and gradients, so padding to the batch's longest is exact."""
-    model, batch = small_model().double(), small_batch().to("cpu", torch.float64)
+    model, batch = small_model(fusion=fusion).double(), small_batch().to("cpu", torch.float64)
     extra, length = 4, batch.text_ids.shape[1]
     pad = nn.functional.pad
     rows = batch.masked_rows // length * (length + extra) + batch.masked_rows % length

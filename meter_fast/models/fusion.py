@@ -1,0 +1,100 @@
+"""What both fusions share: what a caller asks for and gets, and the module around the layers. Knows no layers.
+
+Shape letters: P pairs, L text tokens, N distinct pictures, V image tokens, H heads, D fusion width.
+Source: METER, section 3.2 and `modules/meter_module.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from meter_fast.models.config import FusionConfig, KernelsConfig
+from meter_fast.models.heads import Pooler
+
+
+class Need(Enum):
+    """Rows that a caller reads after the last layer."""
+
+    ALL = "all"  # every text row, every image row, cls
+    TEXT = "text"  # every text row
+    CLS = "cls"  # cls only: the first row of each side, pooled
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reader: `pairs` consecutive texts, the pictures that go with them, and the rows it needs.
+
+    images [pairs] int64: index of each text's picture; None: text i goes with picture i.
+    """
+
+    need: Need
+    pairs: int
+    images: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """text [P,L,D], image [P,V,D], cls [P,2D] (text half first); None where `Need` did not ask.
+
+    attention: per layer the weights from text to image [P,H,L,V] float32, when asked for.
+    """
+
+    text: Tensor | None
+    image: Tensor | None
+    cls: Tensor | None
+    attention: list[Tensor] | None = None
+
+
+class Fusion(nn.Module):
+    """Projections, token types, `config.layers` layers of the class given, poolers."""
+
+    def __init__(
+        self,
+        config: FusionConfig,
+        text_width: int,
+        image_width: int,
+        kernels: KernelsConfig,
+        layer: Callable[[FusionConfig, KernelsConfig], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.text_projection = nn.Linear(text_width, config.width)
+        self.image_projection = nn.Linear(image_width, config.width)
+        self.token_types = nn.Embedding(config.token_types, config.width)
+        self.layers = nn.ModuleList(layer(config, kernels) for _ in range(config.layers))
+        self.text_pooler = Pooler(config.width)
+        self.image_pooler = Pooler(config.width)
+        self.activation_checkpointing = False
+
+    def _project(self, text: Tensor, image: Tensor, image_type: int) -> tuple[Tensor, Tensor]:
+        """Both sides in the fusion's width, with rows 0 and `image_type` of the token types."""
+        types = self.token_types(torch.arange(0, image_type + 1, image_type, device=text.device))
+        return self.text_projection(text) + types[0], self.image_projection(image) + types[1]
+
+    def _run(self, layer: nn.Module, *inputs: object) -> Any:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def _pool(self, text: Tensor, image: Tensor) -> Tensor:
+        """text [P,L,D], image [P,V,D] -> cls [P,2D], of the first token of each."""
+        return torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(image[:, 0])], dim=-1)
+
+
+def spread(image: Tensor, parts: tuple[Part, ...]) -> Tensor:
+    """[N,V,D], one row per picture -> [P,V,D], one row per pair.
+
+    Part by part, not with one long index: backward then adds few values per row, in an order that does not change.
+    """
+    return torch.cat([image[: p.pairs] if p.images is None else image.index_select(0, p.images) for p in parts])
+
+
+def split_record(record: list[Tensor] | None, sizes: list[int]) -> list[list[Tensor] | None]:
+    if record is None:
+        return [None] * len(sizes)
+    by_layer = [weights.split(sizes) for weights in record]
+    return [[weights[i] for weights in by_layer] for i in range(len(sizes))]
