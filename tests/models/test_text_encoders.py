@@ -73,6 +73,7 @@ def test_equals_the_library(name: str, kind: str, tmp_path: Path) -> None:
     """Weights from a folder that the library wrote, its own attention on the other side, with padding."""
     config = small(name, weights=str(tmp_path))
     library = save_library_model(config, kind, tmp_path)
+    assert library.config._attn_implementation == "eager"
     text = build_text(config).eval()
     report = load_text_weights(text, config)
     assert report.matched == len(text.state_dict())
