@@ -48,6 +48,11 @@ def to_checkpoint(source: Path, out: Path) -> int:
     _must_be_new(out)
     folder = export_folder(source)
     model = load_export(folder)
+    if model.config.text.name not in TOKENIZER_OF:
+        raise ValueError(
+            f"{folder} has text.name={model.config.text.name}: the published code knows {' and '.join(TOKENIZER_OF)} "
+            "only; keep the folder"
+        )
     unused = read_tensors(folder / UNUSED_FILE) if (folder / UNUSED_FILE).is_file() else None
     state = to_meter(model, unused)
     out.parent.mkdir(parents=True, exist_ok=True)

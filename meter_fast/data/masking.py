@@ -46,19 +46,23 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-    """Tabulate a vocabulary. WordPiece marks what continues a word ("##"), byte-level BPE what begins one."""
+    """Tabulate a vocabulary. WordPiece marks what continues a word ("##"), byte-level BPE and SentencePiece what begins
+    one, CLIP's BPE what ends one ("</w>")."""
     tokens = tokenizer.get_vocab()
     size = max(max(tokens.values()) + 1, len(tokenizer))
     special, begins, pieces, sentence, function = (np.zeros(size, bool) for _ in range(5))
     first, last = np.zeros(size, np.int8), np.zeros(size, np.int8)
     special[tokenizer.all_special_ids] = True
-    marks_space = any(token.startswith(("Ġ", "▁")) for token in tokens)
+    marks_end = any(token.endswith("</w>") for token in tokens)
+    marks_space = not marks_end and any(token.startswith(("Ġ", "▁")) for token in tokens)
     for token, index in tokens.items():
-        pieces[index] = token.startswith("##") and not marks_space
+        pieces[index] = token.startswith("##") and not (marks_space or marks_end)
         sentence[index] = token in ("[CLS]", "[SEP]")
-        function[index] = token.lstrip("Ġ▁").lower() in FUNCTION_WORDS
+        function[index] = token.removesuffix("</w>").lstrip("Ġ▁").lower() in FUNCTION_WORDS
         if special[index]:
             begins[index], first[index], last[index] = True, _AFTER, _BEFORE
+        elif marks_end:
+            last[index] = _BEFORE if token.endswith("</w>") else _LETTER
         elif marks_space:
             begins[index] = token.startswith(("Ġ", "▁"))
             first[index] = _character_class(token[:1])

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
+from transformers import AutoTokenizer, BertTokenizerFast, CLIPTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
 BERT_SPECIALS = {
     "pad_token": "[PAD]",
@@ -30,6 +30,9 @@ ROBERTA_SPECIALS = {
     "sep_token": "</s>",
     "mask_token": "<mask>",
 }
+# CLIP's tokenizer begins and ends a text with these, and has no token to hide others with.
+CLIP_SENTENCE = ("<|startoftext|>", "<|endoftext|>")
+CLIP_MASK = "<|mask|>"
 # Each of these sets of files makes a tokenizer folder.
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
@@ -37,8 +40,9 @@ TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.tx
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """Open a fast tokenizer: a local folder (no network is used), or a hub name such as "roberta-base".
 
-    Raises ValueError naming the folder or name, what is wrong and what to do: no such folder, no tokenizer files in it,
-    nothing under that name, an empty vocabulary, or no mask, padding or sentence tokens.
+    CLIP's is given a mask token, behind its vocabulary. Raises ValueError naming the folder or name, what is wrong and
+    what to do: no such folder, no tokenizer files in it, nothing under that name, an empty vocabulary, or no mask,
+    padding or sentence tokens.
     """
     name = os.fspath(name_or_folder)
     folder = Path(name).expanduser()
@@ -54,6 +58,7 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenize
         )
     else:
         tokenizer = _open(name, AutoTokenizer, local=False)
+    _complete_clip(tokenizer)
     _check_tokenizer(tokenizer, name)
     return tokenizer
 
@@ -70,7 +75,20 @@ def _class_of(folder: Path) -> type:
         return AutoTokenizer
     if all(kinds[1:]):
         raise ValueError(f"{folder} holds both vocab.txt (BERT) and vocab.json (RoBERTa): keep those of one tokenizer")
+    if kinds[1] and CLIP_SENTENCE[0] in (folder / "vocab.json").read_text(encoding="utf-8"):
+        return CLIPTokenizer
     return RobertaTokenizerFast if kinds[1] else BertTokenizerFast
+
+
+def _complete_clip(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Name the first and the last token of CLIP's texts as those of BERT are, and add a mask token, in place.
+
+    Other tokenizers are left as they are; so is one of CLIP that has been completed and saved.
+    """
+    if (tokenizer.bos_token, tokenizer.eos_token) != CLIP_SENTENCE:
+        return
+    given = {"cls_token": CLIP_SENTENCE[0], "sep_token": CLIP_SENTENCE[1], "mask_token": CLIP_MASK}
+    tokenizer.add_special_tokens({name: token for name, token in given.items() if getattr(tokenizer, name) is None})
 
 
 def _open(name: str, kind: type, local: bool) -> PreTrainedTokenizerFast:

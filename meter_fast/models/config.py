@@ -53,12 +53,18 @@ class VisionConfig:
         return self.grid**2 + 1
 
 
+TEXT_NAMES = ("roberta", "bert", "electra", "albert", "deberta", "deberta_v3", "clip", "embeddings")
+LAYERS_OPTIONAL = ("roberta", "bert", "embeddings")
+
+
 @dataclass(frozen=True)
 class TextConfig:
-    """Text encoder, "roberta" or "bert". `dropout` is on hidden states and on attention probabilities.
+    """Text encoder: one of TEXT_NAMES; published sizes are in `text_presets`. "embeddings" is RoBERTa without layers.
 
-    max_positions is the number of rows of the position table: RoBERTa uses those from pad_id + 1 on.
+    dropout: on hidden states and on attention probabilities (CLIP has it on the latter alone).
+    max_positions: rows of the position table, RoBERTa uses those from pad_id + 1 on; DeBERTa's reach of relative ones.
     weights: None (random), a local folder or file as Hugging Face writes them, or the name of a hub model.
+    embedding_width: of the tables, where they are narrower than the layers (ALBERT, small ELECTRA); None: as wide.
     """
 
     name: str = "roberta"
@@ -73,18 +79,38 @@ class TextConfig:
     dropout: float = 0.1
     pad_id: int = 1
     weights: str | None = None
+    embedding_width: int | None = None
+    activation: Literal["gelu", "gelu_new", "quick_gelu"] = "gelu"
 
     def __post_init__(self) -> None:
+        if self.name not in TEXT_NAMES:
+            raise ValueError(f"text.name={self.name!r} is unknown: use one of {', '.join(TEXT_NAMES)}")
         _check_heads("text", self.width, self.heads)
+        if self.name == "embeddings" and self.layers:
+            raise ValueError(f"text.layers={self.layers}: text.name=embeddings has no layers: use 0, or another name")
+        if self.layers < (0 if self.name in LAYERS_OPTIONAL else 1):
+            raise ValueError(f"text.layers={self.layers}: text.name={self.name} needs at least one layer")
+        if self.embedding_width not in (None, self.width) and self.name not in ("electra", "albert"):
+            raise ValueError(
+                f"text.embedding_width={self.embedding_width}: only electra and albert have tables of another width "
+                f"than text.width={self.width}: use none"
+            )
+        if self.activation not in ("gelu", "gelu_new", "quick_gelu"):
+            raise ValueError(f"text.activation={self.activation!r}: use gelu, gelu_new or quick_gelu")
         if not 0 <= self.pad_id < self.vocab_size:
             raise ValueError(f"text.pad_id={self.pad_id} is outside the vocabulary of {self.vocab_size} tokens")
         if self.max_length < 1:
             raise ValueError(f"text.max_positions={self.max_positions} leaves no position for a token: use 64 or more")
 
     @property
+    def counts_from_padding(self) -> bool:
+        """Whether positions are counted over tokens that are not padding, from pad_id + 1 on, as RoBERTa does."""
+        return self.name in ("roberta", "embeddings")
+
+    @property
     def max_length(self) -> int:
         """The most tokens that a text may have."""
-        return self.max_positions - (self.pad_id + 1 if self.name == "roberta" else 0)
+        return self.max_positions - (self.pad_id + 1 if self.counts_from_padding else 0)
 
 
 @dataclass(frozen=True)
@@ -134,8 +160,9 @@ class KernelsConfig:
 
     cross_attention: "reference" (torch's operators) or "triton". cross_attention_form: "direct", or "absorbed" (the
     image side's projections folded into the text side: the same numbers with less work where texts are short); "auto"
-    decides for each batch. text: "padded" to the batch's longest, or "packed" without padding. mlm_loss, residual_norm,
-    gelu (of the fusion layers): "reference" or "triton".
+    decides for each batch. text: "padded" to the batch's longest, or "packed" without padding (the fusion's texts; the
+    encoder's where its attention allows it, which DeBERTa's and CLIP's do not). mlm_loss, residual_norm, gelu (of the
+    fusion layers): "reference" or "triton".
     """
 
     cross_attention: Literal["auto", "reference", "triton"] = "auto"

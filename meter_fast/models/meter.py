@@ -16,7 +16,8 @@ from meter_fast.models.fusion import Fused, Need, Part
 from meter_fast.models.heads import ItmHead, MlmHead, init_new_weights
 from meter_fast.models.merged_attention import MergedAttention
 from meter_fast.models.packing import Packing
-from meter_fast.models.text import build_text, encode_packed, encode_padded, set_text_checkpointing
+from meter_fast.models.text import build_text, can_pack, encode_packed, encode_padded, set_text_checkpointing
+from meter_fast.models.text_families import FAMILIES
 from meter_fast.models.vision import build_vision
 from meter_fast.models.weights import WeightsReport, load_text_weights, load_vision_weights
 
@@ -68,14 +69,15 @@ class Meter(nn.Module):
     def encode_text(self, ids: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
         """ids [B,L] int64, mask [B,L] bool (True: a token, before all padding) -> [B,L,D_text].
 
-        packing: of `mask`, if known; used where kernels.text is "packed". Raises ValueError if L exceeds the positions.
+        packing: of `mask`, if known; used where kernels.text is "packed" and the encoder can. Raises ValueError if L
+        exceeds the positions.
         """
         if ids.shape[1] > self.config.text.max_length:
             raise ValueError(
                 f"a text of {ids.shape[1]} tokens exceeds the {self.config.text.max_length} that text.max_positions="
                 f"{self.config.text.max_positions} allows: lower data.max_text_length or raise model.text.max_positions"
             )
-        if self.kernels.text == "packed":
+        if self.kernels.text == "packed" and can_pack(self.text):
             return encode_packed(self.text, ids, packing or Packing.of(mask))
         return encode_padded(self.text, ids, mask)
 
@@ -135,7 +137,8 @@ class Meter(nn.Module):
             sizes |= {"fusion": (images + texts, images + texts)}
         else:
             sizes |= {"fusion, text to image": (texts, images), "fusion, image to image": (images, images)}
-        return {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
+        forms = {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
+        return forms | ({"text": "plain"} if FAMILIES[self.config.text.name].attention == "eager" else {})
 
 
 TRITON_HEADS = (32, 64, 128)

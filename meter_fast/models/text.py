@@ -1,20 +1,21 @@
-"""Text encoder: RoBERTa or BERT of transformers, without pooler. Knows token ids, nothing of tokenizers or files.
+"""Text encoders of transformers, without pooler. Knows token ids, nothing of tokenizers or files.
 
-Source: Liu et al. 2019 (RoBERTa), Devlin et al. 2019 (BERT); METER, section 3.1.
+Which there are, and their sources: `text_families`. METER, section 3.1.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, BertConfig, BertModel, RobertaConfig, RobertaModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AlbertModel, AttentionInterface, CLIPTextModel, DebertaModel, DebertaV2Model, RobertaModel
 
 from meter_fast.kernels.cross_attention.reference import attention
 from meter_fast.kernels.segments import Segments
 from meter_fast.kernels.varlen_attention import varlen_attention
 from meter_fast.models.config import TextConfig
 from meter_fast.models.packing import Packing
-
-CLASSES = {"roberta": (RobertaConfig, RobertaModel), "bert": (BertConfig, BertModel)}
-ATTENTION = "meter_fast"
+from meter_fast.models.text_families import ATTENTION, FAMILIES, library_config
 
 
 def attend(
@@ -37,9 +38,21 @@ def attend(
     return varlen_attention(*rows, segments, segments, dropout)[None], None
 
 
+def can_pack(text: nn.Module) -> bool:
+    """Whether `encode_packed` serves this encoder. Not CLIP's (causal) and DeBERTa's (attention by distance)."""
+    return not isinstance(text, (CLIPTextModel, DebertaModel, DebertaV2Model))
+
+
 def encode_padded(text: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """ids [B,L] int64, mask [B,L] bool -> [B,L,E]."""
-    return text(input_ids=ids, attention_mask=mask[:, None, None, :]).last_hidden_state
+    """ids [B,L] int64, mask [B,L] bool -> [B,L,E]; rows of padding hold values of no meaning."""
+    if isinstance(text, (DebertaModel, DebertaV2Model)):
+        attention_mask = mask
+    elif isinstance(text, CLIPTextModel):
+        length = ids.shape[1]
+        attention_mask = mask[:, None, None, :] & mask.new_ones(length, length).tril()
+    else:
+        attention_mask = mask[:, None, None, :]
+    return text(input_ids=ids, attention_mask=attention_mask).last_hidden_state
 
 
 def encode_packed(text: nn.Module, ids: Tensor, packing: Packing) -> Tensor:
@@ -55,40 +68,59 @@ def encode_packed(text: nn.Module, ids: Tensor, packing: Packing) -> Tensor:
 
 
 def build_text(config: TextConfig) -> nn.Module:
-    """The encoder that `config.name` names, with random weights.
+    """The encoder that `config.name` names, with random weights. `encode_padded` and `encode_packed` call it.
 
-    Call it with input_ids [B,L] and attention_mask bool [B,1,1,L]; `.last_hidden_state` is [B,L,E].
     RoBERTa counts positions over the ids it is given, so a padding id in the middle of a masked caption shifts what
-    follows, as published. Raises ValueError on an unknown name.
+    follows, as published.
     """
-    if config.name not in CLASSES:
-        raise ValueError(f"text.name={config.name!r} is unknown: use one of {', '.join(CLASSES)}")
     AttentionInterface.register(ATTENTION, attend)
-    config_class, model_class = CLASSES[config.name]
-    library_config = config_class(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.ffn,
-        max_position_embeddings=config.max_positions,
-        type_vocab_size=config.token_types,
-        layer_norm_eps=config.eps,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        pad_token_id=config.pad_id,
-        hidden_act="gelu",
-        use_cache=False,
-        attn_implementation=ATTENTION,
+    family = FAMILIES[config.name]
+    options = {"add_pooling_layer": False} if family.has_pooler else {}
+    text = family.model(library_config(config), **options)
+    _use_weights_in_their_own_modules(text)
+    return text
+
+
+def _use_weights_in_their_own_modules(text: nn.Module) -> None:
+    """Under ZeRO-3 a weight is only there in the forward of its own module. Two encoders of the library look at one
+    from outside: DeBERTa reads its table of relative positions, CLIP asks for the length of its position table."""
+    if isinstance(text, (DebertaModel, DebertaV2Model)):
+        rows = torch.arange(text.encoder.rel_embeddings.num_embeddings)
+        text.encoder.register_buffer("relative_rows", rows, persistent=False)
+        text.encoder.get_rel_embedding = partial(_relative_table, text.encoder)
+    elif isinstance(text, CLIPTextModel):
+        text.embeddings.forward = partial(_clip_embeddings, text.embeddings)
+
+
+def _clip_embeddings(embeddings: nn.Module, input_ids: Tensor, **_) -> Tensor:
+    """[B,L] -> [B,L,E]: words and positions."""
+    return embeddings.token_embedding(input_ids) + embeddings.position_embedding(
+        embeddings.position_ids[:, : input_ids.shape[1]]
     )
-    return model_class(library_config, add_pooling_layer=False)
+
+
+def _relative_table(encoder: nn.Module) -> Tensor:
+    """[2 x reach, D]; DeBERTa-v3's is normalised."""
+    table = encoder.rel_embeddings(encoder.relative_rows)
+    return encoder.LayerNorm(table) if "layer_norm" in getattr(encoder, "norm_rel_ebd", ()) else table
 
 
 def set_text_checkpointing(text: nn.Module, on: bool) -> None:
     """Activation checkpointing, layer by layer. Later versions of the library call the switch by another name."""
-    if on:
+    if isinstance(text, AlbertModel):
+        _set_albert_checkpointing(text, on)
+    elif on:
         enable = getattr(text, "activation_checkpointing_enable", None) or text.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     else:
         disable = getattr(text, "activation_checkpointing_disable", None) or text.gradient_checkpointing_disable
         disable()
+
+
+def _set_albert_checkpointing(text: AlbertModel, on: bool) -> None:
+    """The library has no switch for ALBERT. Its one layer is called again and again; each call is a checkpoint."""
+    for group in text.encoder.albert_layer_groups:
+        for layer in group.albert_layers:
+            layer.__dict__.pop("forward", None)
+            if on:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -16,9 +16,14 @@ from meter_fast.models.clip_names import to_timm
 from meter_fast.models.config import TextConfig, VisionConfig
 from meter_fast.models.files import read_json, read_tensors
 from meter_fast.models.positions import grid_of, resize_positions
+from meter_fast.models.text_families import FAMILIES
 
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-TEXT_LEFT_OUT = ("pooler.", "lm_head.", "cls.", "classifier.", "embeddings.position_ids", "embeddings.token_type_ids")
+TEXT_LEFT_OUT = (
+    "pooler.", "lm_head.", "cls.", "classifier.", "predictions.", "sop_classifier.", "generator_predictions.",
+    "generator_lm_head.", "discriminator_predictions.", "lm_predictions.", "mask_predictions.", "vision_model.",
+    "visual_projection.", "text_projection.", "logit_scale", "embeddings.position_ids", "embeddings.token_type_ids",
+)  # fmt: skip
 TEXT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -66,26 +71,40 @@ def load_vision_weights(vision: nn.Module, config: VisionConfig) -> WeightsRepor
 
 
 def load_text_weights(text: nn.Module, config: TextConfig) -> WeightsReport:
-    """Fills RoBERTa or BERT from `config.weights`, in place: a hub name, or a folder or file as Hugging Face writes.
+    """Fills a text encoder from `config.weights`, in place: a hub name, or a folder or file as Hugging Face writes.
 
-    Poolers and language-model heads are left out. Raises ValueError where the file or its config.json does not fit.
+    Poolers, language-model heads and, of a whole CLIP, its other half are left out; so are the layers where
+    `config.layers` is 0. CLIP's vocabulary may lack its last token, the mask token: that row then keeps its random
+    start. Raises ValueError where the file or its config.json does not fit.
     """
     source = str(config.weights)
-    file = _text_file(source, config)
-    other = {"roberta": "bert.", "bert": "roberta."}[config.name]
+    file, family = _text_file(source, config), FAMILIES[config.name]
+    others = {f"{other.prefix}.": name for name, other in reversed(FAMILIES.items()) if other.prefix != family.prefix}
+    unread = TEXT_LEFT_OUT + family.unread + (() if config.layers else ("encoder.",))
     kept, left_out = {}, []
     for name, value in read_tensors(file).items():
-        if name.startswith(other):
-            raise ValueError(f"{file} holds {other[:-1]} weights ({name}): set model.text.name={other[:-1]}")
-        name = name.removeprefix(f"{config.name}.")
-        if name.startswith(TEXT_LEFT_OUT):
+        for prefix, other in others.items():
+            if name.startswith(prefix):
+                raise ValueError(f"{file} holds {other} weights ({name}): set model.text.name={other}")
+        name = name.removeprefix(f"{family.prefix}.")
+        if name.startswith(unread):
             left_out.append(name)
         else:
             kept[name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = (
                 value
             )
+    resized = _add_mask_token(kept, text) if config.name == "clip" else ()
     notes = (f"{len(left_out)} other tensors of the file left out: {_few(left_out)}",) if left_out else ()
-    return WeightsReport("text encoder", source, copy_into(text, kept, str(file)), (), notes)
+    return WeightsReport("text encoder", source, copy_into(text, kept, str(file)), resized, notes)
+
+
+def _add_mask_token(kept: dict[str, Tensor], text: nn.Module) -> tuple[str, ...]:
+    """CLIP was not trained to fill in words: gives its table of words the row that it lacks, in place."""
+    name, own = "embeddings.token_embedding.weight", text.embeddings.token_embedding.weight.detach()
+    if name not in kept or len(kept[name]) != len(own) - 1:
+        return ()
+    kept[name] = torch.cat([kept[name].to(own), own[-1:]])
+    return (f"row {len(own) - 1} of the vocabulary, the mask token's, starts at random",)
 
 
 def copy_into(module: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
@@ -203,19 +222,38 @@ def _download_text(source: str) -> Path:
 
 def _check_text_config(found: dict, config: TextConfig, path: Path) -> None:
     """What tensors do not show: kind, heads, eps, activation. (Sizes are compared tensor by tensor.)"""
+    family, where = FAMILIES[config.name], path / "config.json"
+    kind = found.get("model_type", family.model_types[0])
+    if kind not in family.model_types:
+        raise ValueError(f"{where} says model_type={kind!r}, the model has text.name={config.name!r}: make them equal")
+    if kind == "clip":
+        found = found.get("text_config") or {}
     expected = {
-        "model_type": ("name", config.name),
         "num_attention_heads": ("heads", config.heads),
         "layer_norm_eps": ("eps", config.eps),
-        "hidden_act": ("hidden_act", "gelu"),
-        "pad_token_id": ("pad_id", config.pad_id),
+        "hidden_act": ("activation", config.activation),
     }
+    if family.shares_pad_id:
+        expected["pad_token_id"] = ("pad_id", config.pad_id)
     for key, (setting, value) in expected.items():
         if key in found and found[key] != value:
-            where = path / "config.json"
             raise ValueError(
                 f"{where} says {key}={found[key]!r}, the model has text.{setting}={value!r}: make them equal"
             )
+    for key, value in family.fixed.items():
+        theirs = found.get(key, getattr(family.config(), key, None))
+        if _unordered(theirs) != _unordered(value):
+            raise ValueError(
+                f"{where} says {key}={theirs!r}, text.name={config.name} is built with {value!r}: "
+                "give the weights of such a model"
+            )
+
+
+def _unordered(value: object) -> object:
+    """Kinds of attention are written as a list or as "c2p|p2c", in any order."""
+    if isinstance(value, str) and "|" in value:
+        value = value.split("|")
+    return sorted(value) if isinstance(value, list) else value
 
 
 def _few(names: list[str], count: int = 4) -> str:

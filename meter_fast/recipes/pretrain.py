@@ -2,6 +2,7 @@
 
     deepspeed --module meter_fast.train pretrain size=base data.root=DATA run.dir=runs/base
     deepspeed --num_gpus 2 --module meter_fast.train pretrain size=tiny data.root=SCENES
+    deepspeed --module meter_fast.train pretrain size=base text=deberta_v3_base data.root=DATA
 
 `base` is METER-CLIP16-RoBERTa at 288 px as published: 100,000 steps of 4096 pairs from COCO, Visual Genome, SBU and
 Conceptual Captions 3M, 8 days on 8 A100 in the paper (Dou et al. 2022, arXiv 2111.02387, section 4 and its appendix).
@@ -16,11 +17,27 @@ from typing import Literal
 
 from meter_fast.config import DataConfig, EngineConfig, ObjectivesConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.models import config as models
+from meter_fast.models.text_presets import TEXT_PRESETS, TextChoice, tiny_text
 
 
-def pretrain(size: Literal["tiny", "base"] = "base") -> RunConfig:
-    """The configuration of a pre-training run."""
-    return base() if size == "base" else tiny()
+def pretrain(size: Literal["tiny", "base"] = "base", text: TextChoice = "default") -> RunConfig:
+    """The configuration of a pre-training run.
+
+    text: another text encoder, with everything that belongs to it: sizes and, at size base, weights and tokenizer.
+    """
+    config = base() if size == "base" else tiny()
+    return config if text == "default" else _with_text(config, size, text)
+
+
+def _with_text(config: RunConfig, size: str, text: str) -> RunConfig:
+    if size == "tiny":
+        return replace(config, model=replace(config.model, text=tiny_text(text)))
+    preset = TEXT_PRESETS[text]
+    return replace(
+        config,
+        model=replace(config.model, text=preset.pretrained()),
+        data=replace(config.data, tokenizer=preset.hub),
+    )
 
 
 def base() -> RunConfig:

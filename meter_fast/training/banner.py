@@ -16,6 +16,7 @@ from meter_fast.data.images import ImageBackend
 from meter_fast.data.sources import Sources
 from meter_fast.kernels.varlen_attention import varlen_backend
 from meter_fast.models.meter import Meter
+from meter_fast.models.text import can_pack
 from meter_fast.training.engine import DTYPES, Engine, state_bytes
 from meter_fast.training.pairs import Pairs
 from meter_fast.training.resume import Start, checkpoints_of
@@ -76,7 +77,10 @@ def _kernels(config: RunConfig, world: World, model: Meter) -> str:
         parts.append(f"cross-attention {chosen.cross_attention}, {chosen.cross_attention_form} form")
     texts = chosen.text
     if texts == "packed":
-        texts += f" ({varlen_backend(device, DTYPES[config.engine.dtype], config.model.text.dropout)})"
+        if can_pack(model.text):
+            texts += f" ({varlen_backend(device, DTYPES[config.engine.dtype], config.model.text.dropout)})"
+        else:
+            texts += f" in the fusion, padded in the encoder, as the attention of {config.model.text.name} needs"
     parts += [
         f"texts {texts}",
         f"MLM loss {chosen.mlm_loss}",

@@ -68,7 +68,8 @@ def open_tokenizer(config: RunConfig, world: World, sources: Sources) -> tuple[P
             load_tokenizer(config.data.tokenizer).save_pretrained(kept)
         elif not (kept / "tokenizer.json").is_file():
             text = config.model.text
-            train_tokenizer(_captions(sources), kept, kind=text.name, vocab_size=text.vocab_size)
+            kind = "roberta" if text.counts_from_padding else "bert"
+            train_tokenizer(_captions(sources), kept, kind=kind, vocab_size=text.vocab_size)
         return {path.name: path.read_text(encoding="utf-8") for path in kept.iterdir() if path.is_file()}
 
     content = world.together(files)

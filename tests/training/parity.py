@@ -11,6 +11,7 @@ from meter_fast.data.batch import PretrainBatch
 from meter_fast.interop import original_name
 from meter_fast.models.config import FusionConfig, KernelsConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.meter import Meter
+from meter_fast.models.text_presets import tiny_text
 from meter_fast.objectives.pretraining import Pretraining
 from meter_fast.training import world as worlds
 from meter_fast.training.engine import DS_CONFIGS, Engine
@@ -22,8 +23,12 @@ STEPS, PAIRS, WORDS = 20, 8, 97  # an odd vocabulary: its tables and biases do n
 Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # picture [3,32,32], ids [L], hidden [L] bool
 
 
-def configuration(clip: float) -> RunConfig:
+def configuration(clip: float, text: str = "bert") -> RunConfig:
     """A model of every kind of part, no dropout; a schedule that warms up and decays within the 20 steps."""
+    if text != "bert":
+        sizes = {"width": 32, "heads": 2, "ffn": 64, "max_positions": 32, "pad_id": 0}
+        bert = configuration(clip)
+        return replace(bert, model=replace(bert.model, text=replace(tiny_text(text, WORDS), **sizes)))
     return RunConfig(
         model=ModelConfig(
             vision=VisionConfig(width=32, layers=1, heads=2, patch_size=16, image_size=32),
@@ -124,7 +129,8 @@ def compare(out: str, cases: list[dict]) -> int:
     """Run all `cases` in this process and write what the main one found to `out`. Stage 3 comes last: it changes torch
     for the rest of the process."""
     world = worlds.start(60)
-    references = {clip: plain_loop(configuration(clip)) for clip in {case["clip"] for case in cases}}
+    kinds = {(case["clip"], case.get("text", "bert")) for case in cases}
+    references = {kind: plain_loop(configuration(*kind)) for kind in kinds}
     everything = json.loads((DS_CONFIGS / "zero3.json").read_text())
     everything["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # so that small tensors are split, too
     path = Path(out).with_suffix(f".zero3-{world.rank}.json")
@@ -138,11 +144,12 @@ def compare(out: str, cases: list[dict]) -> int:
             ds_config=str(path) if case["zero"] == 3 and "offload" not in case else "",
         )  # fmt: skip
         kernels = KernelsConfig(**case.get("kernels", {}))
-        config = replace(configuration(case["clip"]), engine=engine, kernels=kernels)
+        kind = case["clip"], case.get("text", "bert")
+        config = replace(configuration(*kind), engine=engine, kernels=kernels)
         found = by_engine(config, world, case.get("steps", STEPS))
-        losses, weights = references[case["clip"]]
+        losses, weights = references[kind]
         moved = found.pop("weights")
-        embeddings = "text.embeddings.word_embeddings.weight"
+        embeddings = next(name for name in weights if name.startswith("text.embeddings.") and "position" not in name)
         found["weights"] = ((moved[embeddings] - weights[embeddings]).norm() / weights[embeddings].norm()).item()
         results.append({**case, **found, "reference": losses[: len(found["losses"])]})
     if world.is_main:
