@@ -33,7 +33,7 @@ class Need(Enum):
 
     ALL = "all"  # every text row, every image row, cls
     TEXT = "text"  # every text row
-    CLS = "cls"  # cls only: the first row of each side, pooled
+    CLS = "cls"  # cls only: the first row of each side (of the image, the mean where it has no class token), pooled
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,14 @@ class Stream(nn.Module):
 
 
 class CoAttentionLayer(nn.Module):
-    """A pair of streams; both read the other side's *input* of the layer."""
+    """A pair of streams; both read the other side's *input* of the layer.
 
-    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
+    image_mean: the image's cls is the mean of its tokens, so it needs all of them.
+    """
+
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig, image_mean: bool = False) -> None:
         super().__init__()
+        self.image_mean = image_mean
         self.text = Stream(config, kernels)
         self.image = Stream(config, kernels)
 
@@ -237,18 +241,22 @@ class CoAttentionLayer(nn.Module):
         new_text = self.text(text, image, text_side, image_side, first, record=record)
         if need is Need.TEXT:
             return new_text, None
-        return new_text, self.image(image, text, image_side, text_side, first, image_attended)
+        return new_text, self.image(image, text, image_side, text_side, first and not self.image_mean, image_attended)
 
 
 class CoAttention(nn.Module):
-    """Projections, token types, fusion layers and poolers."""
+    """Projections, token types, fusion layers and poolers. image_mean: images come without class token, and their
+    pooler reads the mean of their tokens."""
 
-    def __init__(self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig) -> None:
+    def __init__(
+        self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig, image_mean: bool = False
+    ) -> None:
         super().__init__()
+        self.image_mean = image_mean
         self.text_projection = nn.Linear(text_width, config.width)
         self.image_projection = nn.Linear(image_width, config.width)
         self.token_types = nn.Embedding(config.token_types, config.width)
-        self.layers = nn.ModuleList(CoAttentionLayer(config, kernels) for _ in range(config.layers))
+        self.layers = nn.ModuleList(CoAttentionLayer(config, kernels, image_mean) for _ in range(config.layers))
         self.text_pooler = Pooler(config.width)
         self.image_pooler = Pooler(config.width)
         self.activation_checkpointing = False
@@ -304,7 +312,8 @@ class CoAttention(nn.Module):
             text = side.padded(text)
         if need is Need.TEXT:
             return Fused(text, None, None, record)
-        cls = torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(new_image[:, 0])], dim=-1)
+        image_cls = new_image.mean(1) if self.image_mean else new_image[:, 0]
+        cls = torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(image_cls)], dim=-1)
         return Fused(None, None, cls, record) if need is Need.CLS else Fused(text, new_image, cls, record)
 
     def _run(self, layer: CoAttentionLayer, *inputs: object) -> tuple[Tensor, Tensor | None]:
