@@ -14,7 +14,7 @@ from meter_fast.models.config import VisionConfig
 @dataclass(frozen=True)
 class VisionPreset:
     """config: at the native resolution, with the timm model whose weights it starts from. parameters: of the encoder
-    as it is built here, without classifier. transform: the `data.transform` that its weights were trained with.
+    as it is built here, without classifier (CLIP's without its last block, as published). transform: the `data.transform` that its weights were trained with.
     """
 
     config: VisionConfig
@@ -39,33 +39,30 @@ def _swin(width: int, heads: int, size: int, letter: str, parameters: int) -> Vi
 
 
 PRESETS = {
-    "clip_b32_224": _clip(32, 768, 11, 12, "base", 0),
-    "clip_b16_224": _clip(16, 768, 11, 12, "base", 0),
-    "clip_l14_224": _clip(14, 1024, 23, 16, "large", 0),
+    "clip_b32_224": _clip(32, 768, 11, 12, "base", 80_368_128),
+    "clip_b16_224": _clip(16, 768, 11, 12, "base", 78_711_552),
+    "clip_l14_224": _clip(14, 1024, 23, 16, "large", 290_583_552),
     "vit_b16_384": _base("vit", 384, "vit_base_patch16_384.augreg_in21k_ft_in1k", 86_090_496, "vit"),
     "deit_b16_384": _base("vit", 384, "deit_base_patch16_384.fb_in1k", 86_090_496, "imagenet"),
     "deit_distilled_b16_384": _base(
         "deit_distilled", 384, "deit_base_distilled_patch16_384.fb_in1k", 86_092_032, "imagenet"
     ),
     "cait_m36_384": VisionPreset(
-        VisionConfig("cait", 768, 36, 16, 16, 384, "cait_m36_384.fb_dist_in1k"), 0, "imagenet"
+        VisionConfig("cait", 768, 36, 16, 16, 384, "cait_m36_384.fb_dist_in1k"), 270_452_352, "imagenet"
     ),
-    "volo_d4_448": VisionPreset(VisionConfig("volo", 768, 36, 16, 16, 448, "volo_d4_448.sail_in1k"), 0, "imagenet"),
-    "beit_b16_224": _base("beit", 224, "beit_base_patch16_224.in22k_ft_in22k", 0, "vit"),
-    "swin_b_224": _swin(1024, 32, 224, "base", 0),
-    "swin_b_384": _swin(1024, 32, 384, "base", 0),
-    "swin_l_224": _swin(1536, 48, 224, "large", 0),
-    "swin_l_384": _swin(1536, 48, 384, "large", 0),
+    "volo_d4_448": VisionPreset(
+        VisionConfig("volo", 768, 36, 16, 16, 448, "volo_d4_448.sail_in1k"), 191_875_104, "imagenet"
+    ),
+    "beit_b16_224": _base("beit", 224, "beit_base_patch16_224.in22k_ft_in22k", 85_761_984, "vit"),
+    "swin_b_224": _swin(1024, 32, 224, "base", 86_743_224),
+    "swin_b_384": _swin(1024, 32, 384, "base", 86_878_584),
+    "swin_l_224": _swin(1536, 48, 224, "large", 194_995_476),
+    "swin_l_384": _swin(1536, 48, 384, "large", 195_198_516),
 }
 
 
 def vision_preset(name: str) -> VisionConfig:
     """The configuration of the encoder `name`. Raises ValueError, naming all, for an unknown one."""
-    return find_preset(name).config
-
-
-def find_preset(name: str) -> VisionPreset:
-    """The whole entry of `name`. Raises ValueError as above."""
     if name not in PRESETS:
         raise ValueError(f"vision encoder {name!r} is unknown: use one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[name].config

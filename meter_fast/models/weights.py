@@ -88,8 +88,9 @@ def _load_timm_encoder(vision: nn.Module, config: VisionConfig) -> WeightsReport
             name = name.removeprefix("fc_")
         kept[f"encoder.{name}"] = value
     resized: dict[tuple, int] = {}
-    for name, value in kept.items():
-        if is_position_table(name) and name in own and value.shape != own[name].shape:
+    for name, value in kept.items() if set(kept) == set(own) else ():
+        differ = value.shape != own[name].shape and value.shape[-1] == own[name].shape[-1]
+        if differ and is_position_table(name):
             kept[name] = fit_positions(value, own[name].shape, config.grid, f"{source}: {name}")
             change = (tuple(value.shape), tuple(own[name].shape))
             resized[change] = resized.get(change, 0) + 1

@@ -245,7 +245,8 @@ def test_files_of_timm(kind: str, ending: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(vision(images), expected(images))
     assert report.matched == len(vision.state_dict())
-    assert "other tensors of the file left out: head." in str(report)
+    assert "other tensors of the file left out: " in str(report)
+    assert "head." in str(report)
     assert report.resized == ()
     assert ("fc_norm" in str(report)) == (kind == "beit")
     resized, report = load(other_size(TINY[kind]), path)
@@ -279,14 +280,14 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         load(TINY["deit_distilled"], path)
     with pytest.raises(ValueError, match=r"no place: encoder.blocks.1"):
         load(dataclasses.replace(TINY["vit"], layers=1), path)
-    with pytest.raises(ValueError, match=r"is \(1, 17, 32\), which is no table of the model's kind, \(1, 17, 64\)"):
+    with pytest.raises(ValueError, match=r"shapes differ: encoder.cls_token is \(1, 1, 32\) in the file"):
         load(dataclasses.replace(TINY["vit"], width=64), path)
     timm_file("swin", path)
     with pytest.raises(ValueError, match=r"tensors are missing"):
         load(TINY["vit"], path)
 
 
-# ------------------------------------------------------------------------------------------------------- by name, refused
+# ------------------------------------------------------------------------------------------------------ by name, refused
 
 
 def test_a_name_on_the_command_line_sets_the_encoder() -> None:
