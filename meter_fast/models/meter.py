@@ -133,10 +133,10 @@ class Meter(nn.Module):
             "fusion, image to image": (images, images),
         }
         forms = {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
-        return forms if self.config.vision.name in SHARED_ATTENTION else forms | {"vision": "timm"}
+        return forms | {"vision": "timm"} if self.config.vision.name in ATTENTION_OF_TIMM else forms
 
 
-SHARED_ATTENTION = ("clip_vit", "vit", "deit_distilled")
+ATTENTION_OF_TIMM = ("cait", "volo")
 TRITON_HEADS = (32, 64, 128)
 AMPERE = (8, 0)
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.volo import VOLO
 from torch import Tensor, nn
 
-from meter_fast.models.attention_layer import SelfAttention
+from meter_fast.models.attention_layer import BeitAttention, SelfAttention, WindowAttention
 from meter_fast.models.config import VisionConfig
 
 STAGES = 4
@@ -82,8 +82,11 @@ def build_cait(config: VisionConfig) -> Cait:
 
 def build_beit(config: VisionConfig) -> Beit:
     """BEiT (Bao et al. 2021), fine-tuned form: no position table but relative biases in each block, layer scale."""
-    common = _common(config)
-    return Beit(global_pool="", **common, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    common, window = _common(config), (config.grid, config.grid)
+    encoder = Beit(global_pool="", **common, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    for block in encoder.blocks:
+        block.attn = BeitAttention(config.width, config.heads, qkv_bias=True, window_size=window)
+    return encoder
 
 
 def build_volo(config: VisionConfig) -> VOLO:
@@ -109,7 +112,7 @@ def build_volo(config: VisionConfig) -> VOLO:
 def build_swin(config: VisionConfig) -> SwinTransformer:
     """Swin (Liu et al. 2021) as METER has it: windows of image_size // 32, whatever size the weights were made for."""
     firsts = 2 ** (STAGES - 1)
-    return SwinTransformer(
+    encoder = SwinTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size // firsts,
         num_classes=0,
@@ -120,6 +123,10 @@ def build_swin(config: VisionConfig) -> SwinTransformer:
         window_size=config.grid,
         drop_path_rate=config.drop_path,
     )
+    for stage in encoder.layers:
+        for block in stage.blocks:
+            block.attn = WindowAttention(block.dim, block.attn.num_heads, window_size=block.window_size)
+    return encoder
 
 
 BUILDERS = {

@@ -111,6 +111,22 @@ def test_forward_and_backward(kind: str, resized: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", TINY)
+def test_parameters_in_bfloat16_beside_wider_buffers(kind: str) -> None:
+    """As engines cast: tokens and gradients in bf16, near those in float32."""
+    vision = stirred(build_vision(TINY[kind]))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = vision(images)
+    for parameter in vision.parameters():
+        parameter.data = parameter.data.bfloat16()
+    tokens = vision(images.bfloat16())
+    assert tokens.dtype == torch.bfloat16
+    assert relative(tokens.detach(), expected) < 5e-2
+    tokens.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in vision.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", TINY)
 def test_tokens_are_those_of_timm(kind: str) -> None:
     """The token that timm's own classifier would read, from a model that timm builds, with the same weights."""
     if kind == "clip_vit":
@@ -287,7 +303,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         load(TINY["vit"], path)
 
 
-# ------------------------------------------------------------------------------------------------------ by name, refused
+# ------------------------------------------------------------------------------------------------- by name, refused
 
 
 def test_a_name_on_the_command_line_sets_the_encoder() -> None:
