@@ -18,9 +18,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.config import CLASS_TOKENS, KernelsConfig, ModelConfig
+from meter_fast.models.vision_presets import PRESETS, VisionPreset
 
 T = TypeVar("T")
+ENCODER = "model.vision.name"
 
 
 class ConfigError(ValueError):
@@ -37,7 +39,7 @@ class DataConfig:
     val_sources: tuple[str, ...] = ()  # empty = no held-out evaluation
     val_split: str = "val"
     val_pairs: int = 512  # held-out pairs scored at each evaluation, the first ones of the split's fixed order
-    transform: Literal["clip", "imagenet"] = "clip"
+    transform: Literal["clip", "imagenet", "vit"] = "clip"  # pixel values and alpha, as the encoder knows them
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     tokenizer: str = "roberta-base"  # hub name, local folder, or "trained": learnt from the captions
     max_text_length: int = 50  # tokens, specials included
@@ -174,15 +176,23 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 def override(config: T, assignments: Iterable[str]) -> T:
     """A copy of `config` with `assignments` ("optim.lr=1e-4", ...) applied in order and the result checked as a whole.
 
+    The name of a vision preset, model.vision.name=swin_b_384, is applied before all others: it sets all of
+    model.vision, and the data.transform of its weights.
+
     Raises ConfigError for text without "=", an unknown key (naming the nearest one) or a value of another type."""
     table = to_dict(config)
     known = flatten(config)
-    for text in assignments:
+    for text in sorted(assignments, key=lambda text: not text.startswith(f"{ENCODER}=")):
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"{text!r}: settings are written key=value")
         if key not in known:
             raise _unknown(key, list(known))
+        if key == ENCODER and value not in CLASS_TOKENS:
+            preset = _preset(value)
+            table["model"]["vision"] = to_dict(preset.config)
+            table["data"]["transform"] = preset.transform
+            continue
         *parents, last = key.split(".")
         target, kind = table, type(config)
         for parent in parents:
@@ -192,6 +202,17 @@ def override(config: T, assignments: Iterable[str]) -> T:
     if isinstance(changed, RunConfig):
         check(changed)
     return changed
+
+
+def _preset(name: str) -> VisionPreset:
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"{ENCODER}={name}: {guess}one of {', '.join(PRESETS)}, or, where all sizes are given, of "
+            f"{', '.join(CLASS_TOKENS)}"
+        )
+    return PRESETS[name]
 
 
 def describe(config: Any, width: int = 110) -> str:

@@ -14,7 +14,7 @@ from meter_fast.interop import LoadReport, from_meter
 from meter_fast.models.meter import Meter
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_CASES = ("clip_roberta", "clip_bert")
+GOLDEN_CASES = ("clip_roberta", "clip_bert", "swin_roberta")
 TOLERANCE = 5e-6  # relative L2, see golden/README.md
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -38,7 +39,7 @@ class ImageTransform:
     """Resize the short side to `size` (bicubic, antialiased, as Pillow), crop the centre size x size, normalise.
 
     mean, std: per channel, of values in 0..1. alpha: "premultiplied" resizes a transparent picture as RGBA, weighted by
-    alpha, and then drops alpha (METER's CLIP transform); "dropped" drops it first (METER's ImageNet transform). Opaque
+    alpha, and then drops alpha (METER's CLIP transform); "dropped" drops it first (METER's others). Opaque
     pictures come out the same.
     """
 
@@ -58,7 +59,9 @@ class ImageTransform:
 
 
 def image_transform(name: str, size: int) -> ImageTransform:
-    """A transform of METER's code (clip_transform, imagenet_transform). name: "clip" or "imagenet"; size in pixels.
+    """A transform of METER's code (clip_transform, imagenet_transform, vit_transform).
+
+    name: "clip", "imagenet" or "vit"; size in pixels.
 
     Raises ValueError for an unknown name or a size below 1.
     """
@@ -68,7 +71,9 @@ def image_transform(name: str, size: int) -> ImageTransform:
         return ImageTransform(name, size, CLIP_MEAN, CLIP_STD, "premultiplied")
     if name == "imagenet":
         return ImageTransform(name, size, IMAGENET_MEAN, IMAGENET_STD, "dropped")
-    raise ValueError(f"unknown image transform {name!r}: choose 'clip' or 'imagenet'")
+    if name == "vit":
+        return ImageTransform(name, size, HALF, HALF, "dropped")
+    raise ValueError(f"unknown image transform {name!r}: choose 'clip', 'imagenet' or 'vit'")
 
 
 def normalise(pictures: torch.Tensor, transform: ImageTransform, dtype: torch.dtype) -> torch.Tensor:

@@ -4,9 +4,13 @@ Where we keep several matrices in one (query, key, value), one of our names stan
 along the first dimension in the order given.
 """
 
+import re
+
 from meter_fast.models.clip_names import to_openai
 
-VISION = "vit_model.visual."
+VISION = "vit_model."
+CLIP = VISION + "visual."
+ENCODER = "encoder."  # of all vision encoders but CLIP's
 TEXT = "text_transformer."
 
 FUSION_TOP = {
@@ -51,7 +55,9 @@ def original_names(name: str) -> tuple[str, ...]:
     top, _, rest = name.partition(".")
     found: tuple[str, ...] = ()
     if top == "vision" and to_openai(rest) is not None:
-        found = (VISION + to_openai(rest),)
+        found = (CLIP + to_openai(rest),)
+    elif top == "vision" and rest.startswith(ENCODER):
+        found = (VISION + _with_downsample_behind(rest.removeprefix(ENCODER)),)
     elif top == "text":
         found = (TEXT + rest,)
     elif top == "fusion":
@@ -59,7 +65,7 @@ def original_names(name: str) -> tuple[str, ...]:
     elif name in HEADS:
         found = (HEADS[name],)
     if not found:
-        raise ValueError(f"{name!r} is no parameter of a METER model with a CLIP vision encoder")
+        raise ValueError(f"{name!r} is no parameter of a METER model")
     return found
 
 
@@ -69,6 +75,11 @@ def original_name(name: str) -> str:
     METER decides parameter groups by substrings of this name. Raises ValueError as `original_names` does.
     """
     return original_names(name)[0]
+
+
+def _with_downsample_behind(name: str) -> str:
+    """Swin's patch merging ends a stage in the published code and begins the next one in today's timm."""
+    return re.sub(r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", name)
 
 
 def _fusion_names(rest: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Published METER checkpoints in and out, CLIP ViT + RoBERTa or BERT, any size. Knows files, nothing of training.
+"""Published METER checkpoints in and out: CLIP ViT or Swin, RoBERTa or BERT, any size. Knows files, no training.
 
 A released `.ckpt` is a file of PyTorch Lightning 1.3: a dict with "state_dict" and, beside it, "hyper_parameters".
 Source: METER `modules/meter_module.py`; names and shapes as its `state_dict()` has them.
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meter_fast.interop.names import original_names
+from meter_fast.interop.names import VISION, original_names
 from meter_fast.interop.report import LoadReport
 from meter_fast.interop.sizes import TABLE, infer_config
 from meter_fast.models.config import ModelConfig
 from meter_fast.models.files import read_checkpoint
 from meter_fast.models.meter import Meter
-from meter_fast.models.positions import resize_positions
+from meter_fast.models.positions import BIAS_TABLE, fit_positions, resize_positions
 
 NEVER_COMPUTED = (
     "vit_model.positional_embedding",
@@ -25,6 +25,7 @@ NEVER_COMPUTED = (
     "text_transformer.pooler.",
     "text_transformer.embeddings.position_ids",
 )
+WINDOW_BUFFERS = (".relative_position_index", ".attn_mask")  # of Swin: they follow from the resolution
 OTHER_TASKS = ("vqa_classifier.", "nlvr2_classifier.", "snli_classifier.", "rank_output.")
 CLIP_CONTEXT = 77
 CLIP_TEXT_WIDTH = {768: 512, 1024: 768}  # of CLIP's own text encoder, by the width of its ViT
@@ -54,8 +55,8 @@ def from_meter(
 ) -> tuple[Meter, LoadReport]:
     """Our model with the weights of a published checkpoint, in float32 on the CPU (or where the tensors are).
 
-    source: a file, the dict it holds, or a state dict. image_size: another resolution than the file's (the position
-    table is resized). config: the whole configuration, instead of inferring it. allow_missing, allow_unexpected:
+    source: a file, the dict it holds, or a state dict. image_size: another resolution than the file's (position
+    tables are resized). config: the whole configuration, instead of inferring it. allow_missing, allow_unexpected:
     beginnings of published names that may lack or be left over. Raises ValueError for a file that is damaged, asks to
     run code or is no METER, and for every tensor that is missing, left over or of another shape.
     """
@@ -82,7 +83,8 @@ def to_meter(model: Meter, unused: Mapping[str, Tensor] | None = None) -> dict[s
     for name, value in _never_computed(model).items():
         state[name] = value
     for name, value in (unused or {}).items():
-        state[name] = value.clone()
+        if not name.endswith(WINDOW_BUFFERS):
+            state[name] = value.clone()
     return state
 
 
@@ -131,7 +133,8 @@ def _build(
     with torch.device(device):
         model = Meter(config, load_weights=False)
     left = dict(state)
-    unused = {name: left.pop(name) for name in state if name.startswith(NEVER_COMPUTED + OTHER_TASKS)}
+    aside = NEVER_COMPUTED + OTHER_TASKS
+    unused = {name: left.pop(name) for name in state if name.startswith(aside) or name.endswith(WINDOW_BUFFERS)}
     matched, missing, problems = [], [], []
     values: dict[str, Tensor] = {}
     resized: list[tuple[str, int, int]] = []
@@ -142,9 +145,11 @@ def _build(
             missing += absent
             continue
         parts = [left.pop(their_name) for their_name in theirs]
-        if theirs[0] == TABLE:
-            parts, resized = _resized_table(parts[0], config.vision.grid)
         value = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if theirs[0] == TABLE or theirs[0].endswith(BIAS_TABLE):
+            value, before = _resized(value, own, config.vision.grid, theirs[0]), value
+            if len(value) != len(before):
+                resized.append((theirs[0], len(before), len(value)))
         if value.dim() < own.dim() and value.shape == own.shape[own.dim() - value.dim() :]:
             value = value.reshape(own.shape)
         if value.shape != own.shape:
@@ -163,10 +168,8 @@ def _build(
     return model, LoadReport(tuple(matched), tuple(resized), tuple(missing), tuple(left), unused)
 
 
-def _resized_table(table: Tensor, grid: int) -> tuple[list[Tensor], list[tuple[str, int, int]]]:
-    new = resize_positions(table, grid, TABLE)
-    changed = new.shape != table.shape
-    return [new], ([(TABLE, table.shape[0], new.shape[0])] if changed else [])
+def _resized(table: Tensor, own: Tensor, grid: int, name: str) -> Tensor:
+    return resize_positions(table, grid, name) if name == TABLE else fit_positions(table, own.shape, grid, name)
 
 
 def _their_shape(name: str, value: Tensor) -> tuple[int, ...]:
@@ -177,14 +180,24 @@ def _their_shape(name: str, value: Tensor) -> tuple[int, ...]:
 
 
 def _never_computed(model: Meter) -> dict[str, Tensor]:
-    vision, text = model.config.vision, model.config.text
-    clip_width = CLIP_TEXT_WIDTH.get(vision.width, vision.width // 2)
+    text = model.config.text
     device = model.fusion.text_projection.weight.device
+    return _vision_never_computed(model, device) | {
+        "text_transformer.pooler.dense.weight": torch.zeros(text.width, text.width, device=device),
+        "text_transformer.pooler.dense.bias": torch.zeros(text.width, device=device),
+        "text_transformer.embeddings.position_ids": torch.arange(text.max_positions, device=device)[None],
+    }
+
+
+def _vision_never_computed(model: Meter, device: torch.device) -> dict[str, Tensor]:
+    """Of CLIP the remains of its text encoder, of Swin the buffers."""
+    vision = model.config.vision
+    if vision.name != "clip_vit":
+        buffers = {n: value.clone() for n, value in model.vision.encoder.named_buffers() if n.endswith(WINDOW_BUFFERS)}
+        return {VISION + n: value.float() if value.is_floating_point() else value for n, value in buffers.items()}
+    clip_width = CLIP_TEXT_WIDTH.get(vision.width, vision.width // 2)
     return {
         "vit_model.positional_embedding": torch.zeros(CLIP_CONTEXT, clip_width, device=device),
         "vit_model.ln_final.weight": torch.ones(clip_width, device=device),
         "vit_model.ln_final.bias": torch.zeros(clip_width, device=device),
-        "text_transformer.pooler.dense.weight": torch.zeros(text.width, text.width, device=device),
-        "text_transformer.pooler.dense.bias": torch.zeros(text.width, device=device),
-        "text_transformer.embeddings.position_ids": torch.arange(text.max_positions, device=device)[None],
     }

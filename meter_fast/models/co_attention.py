@@ -100,10 +100,14 @@ class Stream(nn.Module):
 
 
 class CoAttentionLayer(nn.Module):
-    """A pair of streams; both read the other side's *input* of the layer."""
+    """A pair of streams; both read the other side's *input* of the layer.
 
-    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
+    image_mean: the image's cls is the mean of its tokens, so it needs all of them.
+    """
+
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig, image_mean: bool = False) -> None:
         super().__init__()
+        self.image_mean = image_mean
         self.text = Stream(config, kernels)
         self.image = Stream(config, kernels)
 
@@ -122,7 +126,7 @@ class CoAttentionLayer(nn.Module):
         new_text = self.text(text, image, text_side, image_side, first, record=record)
         if need is Need.TEXT:
             return new_text, None
-        return new_text, self.image(image, text, image_side, text_side, first, image_attended)
+        return new_text, self.image(image, text, image_side, text_side, first and not self.image_mean, image_attended)
 
 
 class CoAttention(Fusion):
@@ -130,8 +134,10 @@ class CoAttention(Fusion):
 
     takes_packed = True
 
-    def __init__(self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig) -> None:
-        super().__init__(config, text_width, image_width, kernels, CoAttentionLayer)
+    def __init__(
+        self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig, image_mean: bool = False
+    ) -> None:
+        super().__init__(config, text_width, image_width, kernels, image_mean, CoAttentionLayer)
 
     def forward(
         self,

@@ -16,13 +16,21 @@ def _check_heads(what: str, width: int, heads: int) -> None:
         )
 
 
+CLASS_TOKENS = {"clip_vit": 1, "vit": 1, "deit_distilled": 2, "cait": 1, "volo": 1, "beit": 1, "swin": 0}
+"""The kinds of vision encoder, and how many tokens each has besides those of the picture."""
+
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision encoder. `layers` counts the blocks built: published models use those of a CLIP file less the last.
+    """Vision encoder; `vision_presets` has those of the paper ready by name.
 
+    name: the kind, one of CLASS_TOKENS. layers: the blocks built; published models use those of a CLIP file less the
+    last. A Swin has `layers` blocks in stages of (2, 2, layers - 6, 2), a VOLO in stages of (2, 2, 4, 1) ninths; their
+    width, heads and patch_size (pixels of the side of a token) are those of the last stage, 768, 24 and 32 for Swin-T.
     weights: None (random), a local file (OpenAI CLIP archive, state dict or safetensors), or the name of a timm model.
     position_std: of the position table if it starts at random. 0.02 is timm's; large patches drown that out (their
-    embeddings start near 1), and where things are is then learned late.
+    embeddings start near 1), and where things are is then learned late. drop_path: share of the samples that skip the
+    last block in training, growing from 0 at the first (CaiT: at every block); published Swin models use 0.1.
     """
 
     name: str = "clip_vit"
@@ -33,24 +41,47 @@ class VisionConfig:
     image_size: int = 288
     weights: str | None = None
     position_std: float = 0.02
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.name not in CLASS_TOKENS:
+            raise ValueError(f"vision.name={self.name!r} is unknown: use one of {', '.join(CLASS_TOKENS)}")
         _check_heads("vision", self.width, self.heads)
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"vision.drop_path={self.drop_path}: a share of 0 or more and below 1")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            below = max(1, self.image_size // self.patch_size) * self.patch_size
             raise ValueError(
                 f"vision.image_size={self.image_size} is not a multiple of vision.patch_size={self.patch_size}: "
-                f"use {max(1, self.image_size // self.patch_size) * self.patch_size}"
+                f"use {below} or {below + self.patch_size}"
             )
+        if self.name == "swin":
+            self._refuse(self.layers < 7, "layers", "7 or more: stages of 2, 2, layers - 6 and 2 blocks")
+            for key in ("width", "heads", "patch_size"):
+                self._refuse(getattr(self, key) % 8, key, "a multiple of 8, which the first stage has an eighth of")
+        if self.name == "volo":
+            self._refuse(self.layers % 9, "layers", "a multiple of 9: stages of 2, 2, 4 and 1 ninths")
+            self._refuse(self.width % 64, "width", "a multiple of 64: the first stage is half as wide, in heads of 32")
+            self._refuse(self.patch_size not in (8, 16, 32), "patch_size", "8, 16 or 32")
+
+    def _refuse(self, wrong: object, key: str, remedy: str) -> None:
+        if wrong:
+            raise ValueError(f"vision.{key}={getattr(self, key)} does not suit vision.name={self.name}: use {remedy}")
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the picture."""
+        """Tokens along one side of the picture; also the side of Swin's windows."""
         return self.image_size // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """V: patches and the class token."""
-        return self.grid**2 + 1
+        """V: those of the picture and the class tokens."""
+        return self.grid**2 + self.class_tokens
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before those of the picture; without any, the picture's cls is the mean of its tokens."""
+        return CLASS_TOKENS[self.name]
 
 
 TEXT_NAMES = ("roberta", "bert", "electra", "albert", "deberta", "deberta_v3", "clip", "embeddings")

@@ -22,7 +22,7 @@ class Need(Enum):
 
     ALL = "all"  # every text row, every image row, cls
     TEXT = "text"  # every text row
-    CLS = "cls"  # cls only: the first row of each side, pooled
+    CLS = "cls"  # cls only: the first row of each side (of the image, the mean where it has no class token), pooled
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Fused:
 
 
 class Fusion(nn.Module):
-    """Projections, token types, `config.layers` layers of the class given, poolers."""
+    """Projections, token types, `config.layers` layers of the class given, poolers.
+
+    image_mean: images come without class token, and their pooler reads the mean of their tokens.
+    """
 
     def __init__(
         self,
@@ -59,13 +62,15 @@ class Fusion(nn.Module):
         text_width: int,
         image_width: int,
         kernels: KernelsConfig,
-        layer: Callable[[FusionConfig, KernelsConfig], nn.Module],
+        image_mean: bool,
+        layer: Callable[[FusionConfig, KernelsConfig, bool], nn.Module],
     ) -> None:
         super().__init__()
+        self.image_mean = image_mean
         self.text_projection = nn.Linear(text_width, config.width)
         self.image_projection = nn.Linear(image_width, config.width)
         self.token_types = nn.Embedding(config.token_types, config.width)
-        self.layers = nn.ModuleList(layer(config, kernels) for _ in range(config.layers))
+        self.layers = nn.ModuleList(layer(config, kernels, image_mean) for _ in range(config.layers))
         self.text_pooler = Pooler(config.width)
         self.image_pooler = Pooler(config.width)
         self.activation_checkpointing = False
@@ -81,8 +86,9 @@ class Fusion(nn.Module):
         return layer(*inputs)
 
     def _pool(self, text: Tensor, image: Tensor) -> Tensor:
-        """text [P,L,D], image [P,V,D] -> cls [P,2D], of the first token of each."""
-        return torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(image[:, 0])], dim=-1)
+        """text [P,L,D], image [P,V,D] -> cls [P,2D]: of the first token of each, or of the mean of the image's."""
+        own = image.mean(1) if self.image_mean else image[:, 0]
+        return torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(own)], dim=-1)
 
 
 def spread(image: Tensor, parts: tuple[Part, ...]) -> Tensor:

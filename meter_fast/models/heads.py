@@ -52,7 +52,7 @@ class ItmHead(nn.Linear):
 
 
 class Pooler(nn.Module):
-    """First token [B,D] -> [B,D]: dense, tanh."""
+    """First token, or mean of the tokens, [B,D] -> [B,D]: dense, tanh."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -22,10 +22,14 @@ from meter_fast.models.sides import Side
 
 
 class MergedLayer(nn.Module):
-    """Self-attention and feed-forward over picture and text at once."""
+    """Self-attention and feed-forward over picture and text at once.
 
-    def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
+    image_mean: the image's cls is the mean of its tokens, so it needs all of them.
+    """
+
+    def __init__(self, config: FusionConfig, kernels: KernelsConfig, image_mean: bool = False) -> None:
         super().__init__()
+        self.image_mean = image_mean
         self.self_attention = SelfAttention(config, kernels)
         self.feed_forward = FeedForward(config, kernels)
 
@@ -33,13 +37,13 @@ class MergedLayer(nn.Module):
         self, x: Tensor, side: Side, images: int, need: Need = Need.ALL, record: list[Tensor] | None = None
     ) -> Tensor:
         """x [P,V+L,D], of which the first `images` tokens are the picture's -> all of them, the text's [P,L,D], or the
-        first token of the picture and of the text [P,2,D]. Attention weights from text to picture [P,H,L,V] are added
+        rows that cls is made of, the picture's and the first of the text [P,2 or V+1,D]. Attention weights from text to picture [P,H,L,V] are added
         to `record`; with Need.CLS those of the first text token."""
         own = None
         if need is Need.TEXT:
             own = x[:, images:]
         elif need is Need.CLS:
-            own = torch.stack([x[:, 0], x[:, images]], dim=1)
+            own = torch.cat([x[:, : images if self.image_mean else 1], x[:, images : images + 1]], dim=1)
         if record is not None:
             text = x[:, images : images + 1] if need is Need.CLS else x[:, images:]
             record.append(self.self_attention.weights(x, side, text)[..., :images].contiguous())
@@ -51,8 +55,10 @@ class MergedAttention(Fusion):
 
     takes_packed = False
 
-    def __init__(self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig) -> None:
-        super().__init__(config, text_width, image_width, kernels, MergedLayer)
+    def __init__(
+        self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig, image_mean: bool = False
+    ) -> None:
+        super().__init__(config, text_width, image_width, kernels, image_mean, MergedLayer)
 
     def forward(
         self,
@@ -82,6 +88,8 @@ class MergedAttention(Fusion):
         x = self._run(self.layers[-1], x, side, images, need, record)
         if need is Need.TEXT:
             return Fused(x, None, None, record)
-        image, text = x.split([1, 1] if need is Need.CLS else [images, x.shape[1] - images], dim=1)
+        if need is Need.CLS and not self.image_mean:
+            images = 1
+        image, text = x.split([images, x.shape[1] - images], dim=1)
         cls = self._pool(text, image)
         return Fused(None, None, cls, record) if need is Need.CLS else Fused(text, image, cls, record)

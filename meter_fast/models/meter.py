@@ -45,7 +45,10 @@ class Meter(nn.Module):
         self.kernels = kernels = settle(kernels, config)
         self.vision = build_vision(config.vision)
         self.text = build_text(config.text)
-        self.fusion = FUSIONS[config.fusion.name](config.fusion, config.text.width, config.vision.width, kernels)
+        no_class_token = config.vision.class_tokens == 0
+        self.fusion = FUSIONS[config.fusion.name](
+            config.fusion, config.text.width, config.vision.width, kernels, no_class_token
+        )
         self.mlm_head = (
             MlmHead(config.fusion.width, config.text.vocab_size, kernels.mlm_loss) if config.mlm_head else None
         )
@@ -63,7 +66,7 @@ class Meter(nn.Module):
             self.weight_reports.append(load_text_weights(self.text, config.text))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [N,3,H,W] normalised, in the model's dtype -> [N,V,D_vision], class token first."""
+        """images [N,3,H,W] normalised, in the model's dtype -> [N,V,D_vision], class tokens, if any, first."""
         return self.vision(images)
 
     def encode_text(self, ids: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
@@ -130,7 +133,8 @@ class Meter(nn.Module):
         self.fusion.activation_checkpointing = on
 
     def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
-        """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's) or "plain"."""
+        """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's) or "plain";
+        "timm" where it is more than softmax(Q Kᵀ) V and timm's own layer computes it."""
         texts, images = text_length, self.config.vision.tokens
         sizes = {"vision": (images, images), "text": (texts, texts)}
         if self.config.fusion.name == "merged_attention":
@@ -138,9 +142,14 @@ class Meter(nn.Module):
         else:
             sizes |= {"fusion, text to image": (texts, images), "fusion, image to image": (images, images)}
         forms = {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
-        return forms | ({"text": "plain"} if FAMILIES[self.config.text.name].attention == "eager" else {})
+        if self.config.vision.name in ATTENTION_OF_TIMM:
+            forms["vision"] = "timm"
+        if FAMILIES[self.config.text.name].attention == "eager":
+            forms["text"] = "plain"
+        return forms
 
 
+ATTENTION_OF_TIMM = ("cait", "volo")
 TRITON_HEADS = (32, 64, 128)
 AMPERE = (8, 0)
 

@@ -1,5 +1,5 @@
-"""Vision encoder: CLIP's ViT, built from timm's VisionTransformer. Knows pictures and patches, nothing of text or
-files.
+"""Vision encoders, built from timm's classes: CLIP's ViT, and those of `encoders`. Knows pictures and patches, nothing
+of text or files.
 
 Source: Radford et al. 2021 (CLIP), section 2.4; METER keeps every token after the last norm and drops CLIP's last
 block.
@@ -8,12 +8,12 @@ block.
 from functools import partial
 
 import torch.nn.functional as F
-from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from meter_fast.kernels.cross_attention.reference import attention
+from meter_fast.models.attention_layer import SelfAttention
 from meter_fast.models.config import VisionConfig
+from meter_fast.models.vision_encoders import build_timm_encoder
 
 LAYER_NORM_EPS = 1e-5
 
@@ -25,16 +25,6 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x * self.SLOPE) * (1 / self.SLOPE)
-
-
-class SelfAttention(Attention):
-    """timm's self-attention with its names and weights, on the attention core that all parts of the model share."""
-
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """x [B,V,D] -> [B,V,D]."""
-        assert attn_mask is None and not is_causal  # the tokens of a picture all see each other
-        packed = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(*packed.unbind(0)).transpose(1, 2).flatten(2))
 
 
 def build_clip_vit(config: VisionConfig) -> VisionTransformer:
@@ -53,17 +43,13 @@ def build_clip_vit(config: VisionConfig) -> VisionTransformer:
         pre_norm=True,
         norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
         act_layer=QuickGELU,
+        drop_path_rate=config.drop_path,
         attn_layer=SelfAttention,
     )
     nn.init.normal_(vision.pos_embed, std=config.position_std)
     return vision
 
 
-BUILDERS = {"clip_vit": build_clip_vit}
-
-
 def build_vision(config: VisionConfig) -> nn.Module:
-    """The encoder that `config.name` names, with random weights. Raises ValueError on an unknown name."""
-    if config.name not in BUILDERS:
-        raise ValueError(f"vision.name={config.name!r} is unknown: use one of {', '.join(BUILDERS)}")
-    return BUILDERS[config.name](config)
+    """The encoder of the kind `config.name`, with random weights: images [B,3,H,W] -> [B,V,D], class tokens first."""
+    return build_clip_vit(config) if config.name == "clip_vit" else build_timm_encoder(config)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from meter_fast.models.clip_names import to_timm
 from meter_fast.models.config import TextConfig, VisionConfig
 from meter_fast.models.files import read_json, read_tensors
-from meter_fast.models.positions import grid_of, resize_positions
+from meter_fast.models.positions import fit_positions, grid_of, is_position_table, resize_positions
 from meter_fast.models.text_families import FAMILIES
 
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+CLASSIFIERS = ("head.", "head_dist.", "aux_head.")
+FOLLOW_FROM_SIZES = (".relative_position_index", ".attn_mask", ".num_batches_tracked")
 TEXT_LEFT_OUT = (
     "pooler.", "lm_head.", "cls.", "classifier.", "predictions.", "sop_classifier.", "generator_predictions.",
     "generator_lm_head.", "discriminator_predictions.", "lm_predictions.", "mask_predictions.", "vision_model.",
@@ -43,11 +45,14 @@ class WeightsReport:
 
 
 def load_vision_weights(vision: nn.Module, config: VisionConfig) -> WeightsReport:
-    """Fills CLIP's ViT from `config.weights`, in place: OpenAI's or timm's names, any floating dtype.
+    """Fills the vision encoder from `config.weights`, in place, any floating dtype.
 
-    A file with one block more than `config.layers` loses its last, as published. A position table of another resolution
-    is resized. Raises ValueError where the file does not fit, naming the tensor and the setting.
+    CLIP's ViT: OpenAI's or timm's names; a file with one block more than `config.layers` loses its last, as published.
+    The others: timm's names or those of the Swin authors. Position tables of another resolution are resized. Raises
+    ValueError where the file does not fit, naming the tensor and the setting.
     """
+    if config.name != "clip_vit":
+        return _load_timm_encoder(vision, config)
     source = str(config.weights)
     tensors = _vision_names(_read_vision(source), source)
     kept, left_out = {}, []
@@ -68,6 +73,38 @@ def load_vision_weights(vision: nn.Module, config: VisionConfig) -> WeightsRepor
     resized = _fit_vision_shapes(kept, config, source)
     matched = copy_into(vision, kept, source)
     return WeightsReport("vision encoder", source, matched, tuple(resized), tuple(notes))
+
+
+def _load_timm_encoder(vision: nn.Module, config: VisionConfig) -> WeightsReport:
+    source, own = str(config.weights), vision.state_dict()
+    tensors = _read_vision(source)
+    swin_of_its_authors = "layers.0.downsample.reduction.weight" in tensors
+    kept, left_out, notes = {}, [], []
+    for name, value in tensors.items():
+        if name.startswith(CLASSIFIERS) or name.endswith(FOLLOW_FROM_SIZES):
+            left_out.append(name)
+            continue
+        if (
+            swin_of_its_authors and ".downsample." in name
+        ):  # there the end of a stage, in timm the beginning of the next
+            _, stage, rest = name.split(".", 2)
+            name = f"layers.{int(stage) + 1}.{rest}"
+        elif config.name == "beit" and name.startswith("fc_norm."):
+            name = name.removeprefix("fc_")
+        kept[f"encoder.{name}"] = value
+    resized: dict[tuple, int] = {}
+    for name, value in kept.items() if set(kept) == set(own) else ():
+        differ = value.shape != own[name].shape and value.shape[-1] == own[name].shape[-1]
+        if differ and is_position_table(name):
+            kept[name] = fit_positions(value, own[name].shape, config.grid, f"{source}: {name}")
+            change = (tuple(value.shape), tuple(own[name].shape))
+            resized[change] = resized.get(change, 0) + 1
+    if left_out:
+        notes.append(f"{len(left_out)} other tensors of the file left out: {_few(left_out)}")
+    if config.name == "beit" and "fc_norm.weight" in tensors:
+        notes.append("norm after pooling, fc_norm, taken as the norm of the tokens")
+    words = [f"{n} position tables resized from {old} to {new}" for (old, new), n in resized.items()]
+    return WeightsReport("vision encoder", source, copy_into(vision, kept, source), tuple(words), tuple(notes))
 
 
 def load_text_weights(text: nn.Module, config: TextConfig) -> WeightsReport:

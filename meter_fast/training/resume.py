@@ -21,14 +21,13 @@ from meter_fast.interop import from_meter
 from meter_fast.models.config import ModelConfig
 from meter_fast.models.export import load_export, save_export
 from meter_fast.models.meter import Meter
-from meter_fast.models.positions import resize_positions
+from meter_fast.models.positions import fit_positions, is_position_table
 from meter_fast.models.weights import copy_into
 from meter_fast.training import checkpoint
 from meter_fast.training.checkpoint import CheckpointError, Reader, Writer
 from meter_fast.training.state import FROZEN, KINDS, WEIGHT, NamedState
 from meter_fast.training.world import World
 
-POSITIONS = "vision.pos_embed"
 # What decides which samples a step reads and what is asked about them: another value would not go on with this run.
 FIXED = ("data.sources", "data.weights", "data.max_text_length", "engine.global_batch", "run.seed", "objectives.")
 # Says nothing about the run's results.
@@ -144,7 +143,7 @@ def _tensors_of(reader: Reader) -> dict[str, Tensor]:
 
 
 def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tensor]:
-    """The weights that run.init names, by our names, with the position table at the run's resolution."""
+    """The weights that run.init names, by our names, with position tables at the run's resolution."""
     path = Path(config.run.init)
     if not path.exists():
         raise ConfigError(f"run.init={path} does not exist: give an export folder, a METER .ckpt or a checkpoint")
@@ -156,10 +155,11 @@ def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tenso
         tensors = _tensors_of(Reader(path))
     else:
         tensors = load_export(path).state_dict()
-    if POSITIONS in tensors and tensors[POSITIONS].shape != model.state_dict()[POSITIONS].shape:
-        before = tensors[POSITIONS].shape[1]
-        tensors[POSITIONS] = resize_positions(tensors[POSITIONS][0], config.model.vision.grid, POSITIONS)[None]
-        notes.append(f"resized: {POSITIONS} from {before} to {tensors[POSITIONS].shape[1]} rows")
+    for name, own in model.state_dict().items():
+        if is_position_table(name) and name in tensors and tensors[name].shape != own.shape:
+            before, vision = tensors[name].shape, config.model.vision
+            tensors[name] = fit_positions(tensors[name], own.shape, vision.grid, name)
+            notes.append(f"resized: {name} from {tuple(before)} to {tuple(own.shape)}")
     return tensors
 
 

@@ -54,7 +54,7 @@ def levels(images: torch.Tensor, transform: ImageTransform) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "size"), [("clip", 48), ("clip", 64), ("imagenet", 48)])
+@pytest.mark.parametrize(("name", "size"), [("clip", 48), ("clip", 64), ("imagenet", 48), ("vit", 48)])
 def test_published_transforms(kind: str, name: str, size: int) -> None:
     transform = image_transform(name, size)
     opened = open_backend(kind, transform, "cpu", torch.float32, max_batch=8)
@@ -288,8 +288,8 @@ def test_alpha_follows_the_transform() -> None:
 
 
 def test_unknown_names_say_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"'vit'.*'clip' or 'imagenet'"):
-        image_transform("vit", 32)
+    with pytest.raises(ValueError, match=r"'pixelbert'.*'clip', 'imagenet' or 'vit'"):
+        image_transform("pixelbert", 32)
     with pytest.raises(ValueError, match="image size 0"):
         image_transform("clip", 0)
     with pytest.raises(ValueError, match=r"'pil'.*'auto', 'dali' or 'torchvision'"):

@@ -31,10 +31,18 @@ def check_all(found: dict[str, Tensor], case: GoldenCase) -> None:
 @torch.no_grad()
 def test_vision_encoder_block_by_block(case: GoldenCase) -> None:
     vision = case.model.vision
-    seen = record_outputs({f"vit_block.{i}": block for i, block in enumerate(vision.blocks)})
+    if case.model.config.vision.name == "swin":
+        stages = vision.encoder.layers
+        parts = {f"vit_stage.{i}": stage.downsample for i, stage in enumerate(stages[1:])}  # there the end of stage i
+        parts[f"vit_stage.{len(stages) - 1}"] = stages[-1]
+        expected = len(case.sizes["swin"]["depths"])
+    else:
+        parts = {f"vit_block.{i}": block for i, block in enumerate(vision.blocks)}
+        expected = case.sizes["clip"]["layers"] - 1  # the published model has one block less than the CLIP file
+    seen = record_outputs(parts)
     seen["vit"] = case.model.encode_image(case.inputs["image"])
-    assert len(seen) == case.sizes["clip"]["layers"], "the published model has one block less than the CLIP file"
-    check_all(seen, case)
+    assert len(seen) == expected + 1
+    check_all({name: value.flatten(1, -2) for name, value in seen.items()}, case)
 
 
 @torch.no_grad()

@@ -13,8 +13,16 @@ from meter_fast.models.meter import Meter
     ("make", "message"),
     [
         (lambda: VisionConfig(width=100, heads=12), "vision.width=100 is not a multiple of vision.heads=12"),
-        (lambda: VisionConfig(image_size=300), "vision.image_size=300 .*use 288"),
-        (lambda: VisionConfig(patch_size=14, image_size=224 + 7), "patch_size=14: use 224"),
+        (lambda: VisionConfig(image_size=300), "vision.image_size=300 .*use 288 or 304"),
+        (lambda: VisionConfig(patch_size=14, image_size=224 + 7), "patch_size=14: use 224 or 238"),
+        (lambda: VisionConfig(image_size=8), "vision.image_size=8 .*use 16 or 32"),
+        (lambda: VisionConfig(drop_path=1.0), "vision.drop_path=1.0"),
+        (lambda: VisionConfig("swin", layers=6), "vision.layers=6 does not suit vision.name=swin: use 7 or more"),
+        (lambda: VisionConfig("swin", heads=12, layers=8, patch_size=32), "vision.heads=12 .*a multiple of 8"),
+        (lambda: VisionConfig("swin", heads=32, width=1024, patch_size=12), "vision.patch_size=12 .*a multiple of 8"),
+        (lambda: VisionConfig("volo", layers=12), "vision.layers=12 .*volo: use a multiple of 9"),
+        (lambda: VisionConfig("volo", layers=18, width=96), "vision.width=96 .*a multiple of 64"),
+        (lambda: VisionConfig("volo", layers=18, patch_size=12), "vision.patch_size=12 .*8, 16 or 32"),
         (lambda: TextConfig(heads=0), "text.heads=0"),
         (lambda: TextConfig(vocab_size=1), "text.pad_id=1 is outside the vocabulary of 1"),
         (lambda: TextConfig(max_positions=2), "text.max_positions=2"),
@@ -28,8 +36,8 @@ def test_refused(make, message: str) -> None:
 
 
 def test_unknown_encoder() -> None:
-    with pytest.raises(ValueError, match=r"vision.name='swin' is unknown: use one of clip_vit"):
-        Meter(dataclasses.replace(tiny(), vision=dataclasses.replace(tiny().vision, name="swin")))
+    with pytest.raises(ValueError, match=r"vision.name='resnet' is unknown: use one of clip_vit, vit, .*swin"):
+        Meter(dataclasses.replace(tiny(), vision=dataclasses.replace(tiny().vision, name="resnet")))
     with pytest.raises(ValueError, match=r"text.name='xlnet' is unknown: use one of roberta, bert"):
         Meter(dataclasses.replace(tiny(), text=dataclasses.replace(tiny().text, name="xlnet")))
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from meter_fast.interop import to_published
 from meter_fast.objectives.pretraining import Pretraining
 
+PACKED = ("attn.in_proj_bias", "attn.qkv.bias")  # query, key and value of CLIP and of Swin
+
 
 def published_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Gradients under the published names, in the published shapes."""
@@ -18,7 +20,7 @@ def published_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def is_noise(name: str) -> bool:
     """Biases of keys: softmax does not depend on them, so their gradient is rounding noise."""
-    return name.endswith(("key.bias", "attn.in_proj_bias"))
+    return name.endswith(("key.bias", *PACKED))
 
 
 def test_logits_and_losses(case: GoldenCase) -> None:
@@ -75,11 +77,11 @@ def test_gradients(case: GoldenCase, form: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_packed_query_and_value_bias_gradients(case: GoldenCase) -> None:
-    """What `is_noise` leaves out of CLIP's packed bias by name: query and value thirds are signal, the key third is
+    """What `is_noise` leaves out of packed biases by name: query and value thirds are signal, the key third is
     noise."""
     Pretraining(case.model)(case.batch()).loss.backward()
     for name, value in published_gradients(case.model).items():
-        if name.endswith("attn.in_proj_bias"):
+        if name.endswith(PACKED):
             query, key, rest = value.chunk(3)
             signal = torch.stack([query.norm(), rest.norm()]).norm()
             assert key.norm() < 1e-5 * signal

@@ -1,5 +1,6 @@
 """AdamW, parameter groups, schedules and eight training steps against the published code's numbers."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from meter_fast.config import OptimConfig
 from meter_fast.interop import original_name, original_names
 from meter_fast.models import config as models
 from meter_fast.models.meter import Meter
+from meter_fast.models.vision_presets import vision_preset
 from meter_fast.objectives.pretraining import Pretraining
 from meter_fast.training.optimizer import AdamW, Schedule, group_of, parameter_groups
 
@@ -77,18 +79,27 @@ def test_schedule_gives_the_published_rates(number):
         assert [group["step"] for group in groups] == [step + 1] * 3
 
 
-@pytest.mark.parametrize("name", ["clip16_roberta_pretrain", "clip32_bert_pretrain", "clip16_roberta_vqa"])
+@pytest.mark.parametrize(
+    "name", ["clip16_roberta_pretrain", "clip32_bert_pretrain", "clip16_roberta_vqa", "swinbase_roberta_pretrain"]
+)
 def test_groups_of_full_size_models_by_published_name(name):
     rows = json.loads((GOLDEN / "param_groups" / f"{name}.json").read_text())["rows"]
     assert len(rows) > 600
     assert [group_of(row["name"]) for row in rows] == [row["group"] for row in rows]
 
 
-def test_groups_of_the_base_model():
-    golden = json.loads((GOLDEN / "param_groups" / "clip16_roberta_pretrain.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("clip16_roberta_pretrain", models.base()),
+        ("swinbase_roberta_pretrain", dataclasses.replace(models.base(), vision=vision_preset("swin_b_384"))),
+    ],
+)
+def test_groups_of_full_size_models(name: str, config: models.ModelConfig):
+    golden = json.loads((GOLDEN / "param_groups" / f"{name}.json").read_text())
     expected = {row["name"]: row for row in golden["rows"] if not row["name"].startswith(UNUSED)}
     with torch.device("meta"):
-        model = Meter(models.base(), load_weights=False)
+        model = Meter(config, load_weights=False)
     groups = parameter_groups(model.named_parameters(), OptimConfig(), original_name)
     found = {}
     for group in groups:
