@@ -10,7 +10,6 @@ from torch import Tensor
 from meter_fast.interop import to_published
 from meter_fast.objectives.pretraining import Pretraining
 
-
 PACKED = ("attn.in_proj_bias", "attn.qkv.bias")  # query, key and value of CLIP and of Swin
 
 
