@@ -25,6 +25,7 @@ NEVER_COMPUTED = (
     "text_transformer.pooler.",
     "text_transformer.embeddings.position_ids",
 )
+PUBLISHED_ENCODERS = ("clip_vit", "swin")
 WINDOW_BUFFERS = (".relative_position_index", ".attn_mask")  # of Swin: they follow from the resolution
 OTHER_TASKS = ("vqa_classifier.", "nlvr2_classifier.", "snli_classifier.", "rank_output.")
 CLIP_CONTEXT = 77
@@ -76,9 +77,15 @@ def to_meter(model: Meter, unused: Mapping[str, Tensor] | None = None) -> dict[s
     """The state dict of the published code for our model, float32: all names, those it never computes with too.
 
     unused: values of these (`LoadReport.unused`); without them: zeros, LayerNorm 1 and 0, position_ids 0, 1, 2, ...
-    Tensors lie where the model's do and share no memory with it. Raises ValueError for a model with merged attention.
+    Tensors lie where the model's do and share no memory with it. Raises ValueError for a model with merged attention,
+    or a vision encoder that the published code does not have.
     """
     _must_co_attend(model.config)
+    if model.config.vision.name not in PUBLISHED_ENCODERS:
+        raise ValueError(
+            f"the published code has no vision encoder of the kind {model.config.vision.name!r}, only "
+            f"{' and '.join(PUBLISHED_ENCODERS)}: keep this model as an export folder"
+        )
     state = {name: part.float().clone() for name, part in to_published(model.state_dict()).items()}
     for name, value in _never_computed(model).items():
         state[name] = value

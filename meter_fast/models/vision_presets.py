@@ -14,7 +14,8 @@ from meter_fast.models.config import VisionConfig
 @dataclass(frozen=True)
 class VisionPreset:
     """config: at the native resolution, with the timm model whose weights it starts from. parameters: of the encoder
-    as it is built here, without classifier (CLIP's without its last block, as published). transform: the `data.transform` that its weights were trained with.
+    as it is built here, without classifier (CLIP's without its last block, as published). transform: the
+    `data.transform` that its weights were trained with.
     """
 
     config: VisionConfig

@@ -157,9 +157,9 @@ def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tenso
         tensors = load_export(path).state_dict()
     for name, own in model.state_dict().items():
         if is_position_table(name) and name in tensors and tensors[name].shape != own.shape:
-            before, vision = tensors[name].shape, config.model.vision
-            tensors[name] = fit_positions(tensors[name], own.shape, vision.grid, name)
-            notes.append(f"resized: {name} from {tuple(before)} to {tuple(own.shape)}")
+            before, after = (table.numel() // table.shape[-1] for table in (tensors[name], own))
+            tensors[name] = fit_positions(tensors[name], own.shape, config.model.vision.grid, name)
+            notes.append(f"resized: {name} from {before} to {after} rows")
     return tensors
 
 

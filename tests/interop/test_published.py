@@ -1,5 +1,6 @@
 """Published checkpoints in and out: values, names, files, and what is refused."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from golden_cases import GOLDEN, TOLERANCE, GoldenCase, load_case, relative
 from torch import Tensor
 
 from meter_fast.interop import LoadReport, from_meter, original_name, original_names, to_meter
+from meter_fast.models.config import VisionConfig
 from meter_fast.models.meter import Meter
 
 UNUSED = {
@@ -153,6 +155,14 @@ def test_another_resolution(golden: GoldenCase) -> None:
     assert "resized: vit_model.visual.positional_embedding from 10 to 26 rows" in str(report)
     with torch.no_grad():
         assert model.encode_image(torch.randn(1, 3, 80, 80)).shape == (1, 26, 128)
+
+
+def test_encoders_that_the_published_code_lacks_are_refused(golden: GoldenCase) -> None:
+    vision = VisionConfig("vit", 32, 1, 2, 16, 32)
+    with torch.device("meta"):
+        model = Meter(dataclasses.replace(golden.model.config, vision=vision))
+    with pytest.raises(ValueError, match=r"no vision encoder of the kind 'vit', only clip_vit and swin"):
+        to_meter(model)
 
 
 def test_swin_at_another_resolution() -> None:

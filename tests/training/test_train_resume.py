@@ -23,6 +23,11 @@ TWO_FP32 = (
 THREE = (2, ("engine.zero=3", "engine.dtype=bf16", "engine.micro_batch=4", "model.fusion.dropout=0.1"))
 NONE_BF16 = (1, ("engine.zero=0", "engine.dtype=bf16", "optim.clip=0"))
 
+SWIN = (
+    "model.vision.name=swin", "model.vision.width=64", "model.vision.layers=7", "model.vision.heads=8",
+    "model.vision.patch_size=32", "model.vision.image_size=64", "model.vision.drop_path=0.1",
+)  # fmt: skip
+
 
 def copy_of_first_half(run: Path, to: Path, half: int) -> None:
     """What the run's directory held when it had saved after `half` steps, done two more and then been killed."""
@@ -83,21 +88,30 @@ def test_another_zero_stage_goes_on(ranks: RankServer, data: Path, tmp_path: Pat
     assert worst(losses(parts), losses(whole)) < 1e-3
 
 
-def test_weights_only_start(ranks: RankServer, data: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("encoder", "larger", "change", "tables"),
+    [
+        ((), 48, "from 5 to 10 rows", "pos_embed"),
+        (SWIN, 96, "from 9 to 25 rows", "relative_position_bias_table"),
+    ],
+    ids=["CLIP", "Swin"],
+)
+def test_weights_only_start(ranks: RankServer, data: Path, tmp_path: Path, encoder, larger, change, tables):
     """run.init from a checkpoint, an export and a published file, for larger pictures: the weights, not the step."""
     first = tmp_path / "first"
-    short = settings(data, "engine.dtype=fp32", "run.max_steps=2")
+    short = settings(data, *encoder, "engine.dtype=fp32", "run.max_steps=2")
     ranks.train(1, first, short).check()
     published = tmp_path / "published.ckpt"
     torch.save({"state_dict": to_meter(meter_fast.load(first)), "epoch": 3}, published)
     for name, given in (("a", first / "checkpoints" / "step-00000002"), ("b", first / "export"), ("c", published)):
         again = tmp_path / name
-        more = [f"run.init={given}", "model.vision.image_size=48", "run.max_steps=1", "optim.warmup=1"]
+        more = [f"run.init={given}", f"model.vision.image_size={larger}", "run.max_steps=1", "optim.warmup=1"]
         ended = ranks.train(1, again, [*short, *more]).check()
-        assert "from 5 to 10 rows" in ended.logs[0]
+        assert change in ended.logs[0]
         before, after = tensors(first, 2), tensors(again, 1)
-        assert before["weight/vision.pos_embed"].shape != after["weight/vision.pos_embed"].shape
-        same = [n for n in before if n.startswith("weight/") and "pos_embed" not in n]
+        changed = [n for n in before if n.startswith("weight/") and n.endswith(tables)]
+        assert changed and all(before[n].shape != after[n].shape for n in changed)
+        same = [n for n in before if n.startswith("weight/") and n not in changed]
         assert all(before[n].equal(after[n]) for n in same)  # the one step of a warm-up has rate 0
 
 
