@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BertTokenizerFast, CLIPTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizerFast,
+    CLIPTokenizer,
+    DebertaV2Tokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
+)
 
 BERT_SPECIALS = {
     "pad_token": "[PAD]",
@@ -34,7 +42,9 @@ ROBERTA_SPECIALS = {
 CLIP_SENTENCE = ("<|startoftext|>", "<|endoftext|>")
 CLIP_MASK = "<|mask|>"
 # Each of these sets of files makes a tokenizer folder.
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+TOKENIZER_FILES = (
+    ("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spm.model",), ("spiece.model",),
+)  # fmt: skip
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -73,7 +83,9 @@ def _class_of(folder: Path) -> type:
         raise ValueError(f"{folder} is no tokenizer folder: it needs {wanted}; it holds {held}")
     if present & {"tokenizer.json", "tokenizer_config.json", "config.json"}:
         return AutoTokenizer
-    if all(kinds[1:]):
+    if "spm.model" in present or "spiece.model" in present:
+        return DebertaV2Tokenizer if "spm.model" in present else AlbertTokenizer
+    if all(kinds[1:3]):
         raise ValueError(f"{folder} holds both vocab.txt (BERT) and vocab.json (RoBERTa): keep those of one tokenizer")
     if kinds[1] and CLIP_SENTENCE[0] in (folder / "vocab.json").read_text(encoding="utf-8"):
         return CLIPTokenizer
@@ -99,6 +111,11 @@ def _open(name: str, kind: type, local: bool) -> PreTrainedTokenizerFast:
         if "trust_remote_code" in reason:
             raise ValueError(
                 f"tokenizer {name!r} comes with code, which is never run: save it with a tokenizer.json"
+            ) from error
+        if "sentencepiece" in reason.lower() or "tiktoken" in reason:  # the library names either, whatever is missing
+            raise ValueError(
+                f"tokenizer {name!r} has a SentencePiece vocabulary, which needs a package more: pip install "
+                "sentencepiece, or save it with a tokenizer.json where that is installed"
             ) from error
         remedy = (
             "save it anew with save_pretrained"
