@@ -37,8 +37,11 @@ class MergedLayer(nn.Module):
         self, x: Tensor, side: Side, images: int, need: Need = Need.ALL, record: list[Tensor] | None = None
     ) -> Tensor:
         """x [P,V+L,D], of which the first `images` tokens are the picture's -> all of them, the text's [P,L,D], or the
-        rows that cls is made of, the picture's and the first of the text [P,2 or V+1,D]. Attention weights from text to picture [P,H,L,V] are added
-        to `record`; with Need.CLS those of the first text token."""
+        rows that cls is made of: the picture's and the first of the text [P,2 or V+1,D].
+
+        Attention weights from text to picture [P,H,L,V] are added to `record`; with Need.CLS those of the first text
+        token.
+        """
         own = None
         if need is Need.TEXT:
             own = x[:, images:]
