@@ -23,7 +23,7 @@ from benchmarks.record import append
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models import config as models
 from meter_fast.models.meter import Meter
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 
 PADDED = 50  # tokens, max_text_len of the published pre-training
 CAPTION = 13  # tokens of an average caption, specials included
@@ -100,7 +100,7 @@ def main() -> None:
     models_of["fast"].load_state_dict(models_of["plain"].state_dict())
     batch = make_batch(config, arguments.batch, dtype, device)
     padded = pad_text(batch, PADDED, config.text.pad_id)
-    task = Pretraining(models_of["fast"])
+    task = JointLoss(models_of["fast"])
     sides = {
         "plain": lambda: sum(plain_losses(models_of["plain"], padded).values()),
         "fast": lambda: task(batch).loss,

@@ -20,7 +20,7 @@ from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.models.files import read_json
 from meter_fast.models.meter import Meter
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 from meter_fast.recipes import resolve
 
 
@@ -33,7 +33,7 @@ def evaluate_pretraining(
 ) -> dict[str, dict[str, float]]:
     """Mean loss and accuracy of each objective over a split: {"mlm": {"loss", "accuracy", "count"}, "itm": {...}}.
 
-    model: a `Pretraining`, put in eval mode meanwhile. batches: this rank's share, as many as every other rank has (an
+    model: a `JointLoss`, put in eval mode meanwhile. batches: this rank's share, as many as every other rank has (an
     `EvaluationLoader`). Sums are added over the ranks, so all ranks return the same numbers: MLM averages over all
     masked tokens of the split, ITM over all its pairs. Raises ValueError for no batch.
     """
@@ -99,7 +99,7 @@ def evaluate_split(
             max_bad_share=data.max_bad_share,
             max_image_pixels=data.max_image_pixels,
         )
-        scores = evaluate_pretraining(Pretraining(model.to(device), objectives.names), loader, device)
+        scores = evaluate_pretraining(JointLoss(model.to(device), objectives.names), loader, device)
     finally:
         backend.close()
     count = len(sources) if pairs is None else min(pairs, len(sources))

@@ -26,7 +26,7 @@ from meter_fast.data.batch import PretrainBatch
 from meter_fast.evaluate import evaluate_pretraining
 from meter_fast.interop import original_name
 from meter_fast.models.meter import Meter
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
 from meter_fast.training import banner, checkpoint, world
@@ -83,7 +83,7 @@ class Run:
 def fit(run: Run) -> int:
     """The training loop. Returns the exit code.
 
-    Processes speak to each other once a step, here at its start: how many tokens of the coming step are masked,
+    Processes speak to each other once a step, here at its start: what the coming step holds (masked tokens, pairs),
     what the step before gave, whether anyone has failed or been asked to stop. So all log, save and stop at the
     same step.
     """
@@ -111,15 +111,15 @@ def fit(run: Run) -> int:
                 run.monitor.message(f"stopped after step {step} ({run.stop.reason or 'another process was asked'}); "
                                     f"the same command goes on from here")  # fmt: skip
                 return EXIT_INTERRUPTED
-            record = advance(run, step, batches, news.masked)
+            record = advance(run, step, batches, news.counts)
     finish(run)
     return EXIT_DONE
 
 
-def advance(run: Run, step: int, batches: list[PretrainBatch], masked: float) -> StepRecord:
+def advance(run: Run, step: int, batches: list[PretrainBatch], counts: dict[str, float]) -> StepRecord:
     """One optimizer step. Whatever goes wrong in here is no mistake of the user's, so it keeps its stack."""
     try:
-        return run.engine.step(step, batches, masked)
+        return run.engine.step(step, batches, counts)
     except (ValueError, OSError) as error:
         raise RuntimeError(f"step {step} failed") from error
 
@@ -265,13 +265,13 @@ def prepare(config: RunConfig, this: World) -> Run:
     return Run(config, this, engine, pairs, monitor, start)
 
 
-def build(config: RunConfig, this: World, start: Start) -> Pretraining:
+def build(config: RunConfig, this: World, start: Start) -> JointLoss:
     """The module in fp32 on the host; weights from files are read on the main process alone."""
     from_files = this.is_main and start.step == 0 and not config.run.init
     model = Meter(config.model, from_files, config.kernels)
     if this.is_main:
         load_weights(model, config, start)
-    module = Pretraining(model, config.objectives.names)
+    module = JointLoss(model, config.objectives.names)
     if len(config.objectives.names) < 2:
         freeze_unreached(module, config.model)
     return module

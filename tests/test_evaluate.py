@@ -24,7 +24,7 @@ from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from meter_fast.evaluate import evaluate_pretraining, evaluate_split, held_out_names
 from meter_fast.models.meter import Fused, Need
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 from meter_fast.predict import fill, hide_word, match, word_attention
 from meter_fast.score import find_words, glimpse, held_out_blocks, score_held_out
 
@@ -47,7 +47,7 @@ def loader(root, rank: int, world: int, limit: int | None, batch_size: int) -> E
 
 
 def test_evaluation_means_are_over_tokens_and_pairs_not_over_batches(scenes, scene_model):
-    objective = Pretraining(copy.deepcopy(scene_model)).train()
+    objective = JointLoss(copy.deepcopy(scene_model)).train()
     whole = evaluate_pretraining(objective, loader(scenes, 0, 1, 37, 64), "cpu")
     pieces = evaluate_pretraining(objective, loader(scenes, 0, 1, 37, 4), "cpu")
     assert objective.training
@@ -61,7 +61,7 @@ def _score_as(rank: int, root, export, rendezvous: str) -> dict:
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=limit)
     try:
-        return evaluate_pretraining(Pretraining(meter_fast.load(export)), loader(root, rank, 2, 37, 8), "cpu")
+        return evaluate_pretraining(JointLoss(meter_fast.load(export)), loader(root, rank, 2, 37, 8), "cpu")
     finally:
         dist.destroy_process_group()
 
@@ -72,7 +72,7 @@ def _be_rank_1(root, export, rendezvous: str, answer) -> None:
 
 
 def test_two_ranks_score_what_one_scores(tmp_path, scenes, run_dir, scene_model):
-    one = evaluate_pretraining(Pretraining(scene_model).eval(), loader(scenes, 0, 1, 37, 8), "cpu")
+    one = evaluate_pretraining(JointLoss(scene_model).eval(), loader(scenes, 0, 1, 37, 8), "cpu")
     context = mp.get_context("spawn")
     answer = context.Queue()
     where = (scenes, run_dir / "export", str(tmp_path / "meet"))
@@ -333,7 +333,7 @@ def test_a_bf16_model_scores_as_the_fp32_one_nearly(scenes, scene_model, scene_t
 
 def test_an_evaluation_without_batches_is_an_error(scene_model):
     with pytest.raises(ValueError, match="no batch"):
-        evaluate_pretraining(Pretraining(scene_model).eval(), [], "cpu")
+        evaluate_pretraining(JointLoss(scene_model).eval(), [], "cpu")
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(plain, backend):

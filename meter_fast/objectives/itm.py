@@ -2,31 +2,39 @@
 
 Source: METER, section 3.3 and `modules/objectives.py` (compute_itm_wpa). The batch says which pairs match; pictures
 of pairs that do not are other rows of the same batch, or pictures drawn for the purpose. Exact saving: only the two
-[CLS] rows of the last fusion layer are computed. Shape letters: B pairs, L text tokens, D fusion width.
+[CLS] rows of the last fusion layer are computed. Shape letters: B pairs, L text tokens, F false pictures, D width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models.meter import Fused, Meter, Need, Part
+from meter_fast.objectives.reading import Reading
 
 HEAD = "itm_head"
 
 
-def texts(batch: PretrainBatch) -> Tensor:
-    """The ids that the text encoder reads, int64 [B,L]: nothing is masked."""
-    return batch.text_ids
+def pictures(batch: PretrainBatch) -> Tensor | None:
+    """[F,3,H,W] that only this objective looks at."""
+    return batch.false_images
 
 
-def part(batch: PretrainBatch) -> Part:
-    """Which pictures go with the texts, and the rows that are read: the two [CLS] rows."""
-    return Part(Need.CLS, len(batch), batch.itm_images)
+def reading(batch: PretrainBatch, first: int) -> Reading:
+    """The whole captions, each with its own or a false picture, of which `first` is the row of the first."""
+    own, places = len(batch), batch.itm_images
+    places = places if first == own else torch.where(places < own, places, places + (first - own))
+    return Reading(batch.text_ids, batch.text_mask, Part(Need.CLS, own, places), batch.text_rows)
 
 
-def loss(model: Meter, fused: Fused, batch: PretrainBatch, masked_total: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy over the pairs, float32 scalar; pairs told rightly; pairs B (int64 scalars)."""
+def count(batch: PretrainBatch) -> int:
+    """Pairs B."""
+    return len(batch)
+
+
+def loss(model: Meter, fused: Fused, batch: PretrainBatch, total: float) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy over the pairs / total, float32 scalar; pairs told rightly, int64 scalar."""
     logits = model.itm_head(fused.cls)
-    value = F.cross_entropy(logits.float(), batch.itm_labels)
-    correct = (logits.detach().argmax(dim=-1) == batch.itm_labels).sum()
-    return value, correct, correct.new_full((), len(batch))
+    value = F.cross_entropy(logits.float(), batch.itm_labels, reduction="sum") / total
+    return value, (logits.detach().argmax(dim=-1) == batch.itm_labels).sum()

@@ -9,22 +9,28 @@ from torch import Tensor
 
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models.meter import Fused, Meter, Need, Part
+from meter_fast.objectives.reading import Reading
 
 HEAD = "mlm_head"
 
 
-def texts(batch: PretrainBatch) -> Tensor:
-    """The ids that the text encoder reads, int64 [B,L]."""
-    return batch.masked_ids
+def pictures(batch: PretrainBatch) -> Tensor | None:
+    """The captions' own pictures are enough."""
+    return None
 
 
-def part(batch: PretrainBatch) -> Part:
-    """Which pictures go with the texts, and the rows that are read: every text row (any of them may be masked)."""
-    return Part(Need.TEXT, len(batch))
+def reading(batch: PretrainBatch, first: int) -> Reading:
+    """The masked captions, each with its own picture; every text row, as any of them may be masked."""
+    return Reading(batch.masked_ids, batch.text_mask, Part(Need.TEXT, len(batch)), batch.text_rows)
 
 
-def loss(model: Meter, fused: Fused, batch: PretrainBatch, masked_total: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed cross-entropy / masked_total, float32 scalar; rows filled correctly; rows M (int64 scalars)."""
+def count(batch: PretrainBatch) -> int:
+    """Masked tokens M."""
+    return batch.masked_labels.numel()
+
+
+def loss(model: Meter, fused: Fused, batch: PretrainBatch, total: float) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy / total, float32 scalar; tokens filled correctly, int64 scalar."""
     rows = fused.text.flatten(0, 1).index_select(0, batch.masked_rows)
-    total, correct = model.mlm_head(rows, batch.masked_labels)
-    return (total / masked_total, correct, correct.new_full((), batch.masked_labels.numel()))
+    summed, correct = model.mlm_head(rows, batch.masked_labels)
+    return summed / total, correct

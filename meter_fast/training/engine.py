@@ -6,7 +6,7 @@ Knows DeepSpeed, the optimizer and its schedule. Knows nothing of data sources, 
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import meter_fast
 from meter_fast.config import ConfigError, RunConfig
 from meter_fast.data.batch import PretrainBatch
-from meter_fast.objectives.pretraining import Losses, Totals
+from meter_fast.objectives.joint import Losses, shares
 from meter_fast.training.optimizer import GROUPS, AdamW, Schedule, parameter_groups
 from meter_fast.training.record import StepRecord
 from meter_fast.training.state import WEIGHT, NamedState
@@ -113,13 +113,13 @@ class Engine:
         if config.engine.compile:
             compile_blocks(self.module.model)
 
-    def step(self, step: int, batches: Sequence[PretrainBatch], masked: float) -> StepRecord:
+    def step(self, step: int, batches: Sequence[PretrainBatch], counts: Mapping[str, float]) -> StepRecord:
         """One optimizer step (the `step`-th, from 0) on this process's micro-batches.
 
-        masked: masked tokens of the global batch. Losses are means over it, whoever holds which part."""
+        counts: by objective, what the global batch holds; losses are means over it, whoever holds which part."""
         self._engine.train()
         self.schedule.apply(self._engine.optimizer.param_groups, step)
-        totals = Totals(max(1.0, masked) / (self.accumulation * self.world.size))
+        totals = shares(counts, self.accumulation * self.world.size)
         record = StepRecord(step, self.objectives)
         for number, batch in enumerate(batches):
             self._reseed(step, number)
@@ -157,7 +157,7 @@ class PlainOutputs(nn.Module):
         self.module = module
 
     def forward(
-        self, batch: PretrainBatch, totals: Totals | None = None
+        self, batch: PretrainBatch, totals: Mapping[str, float] | None = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
         """(loss, parts, metrics) of `module`."""
         losses = self.module(batch, totals)

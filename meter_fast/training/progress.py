@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.data.loader import PretrainLoader
+from meter_fast.objectives.joint import counts_of
 from meter_fast.training.record import StepRecord
 from meter_fast.training.world import World
 
 
 @dataclass(frozen=True)
 class News:
-    """The same on every process. `losses`, `correct`, `count`: sums over all micro-batches of the step before."""
+    """The same on every process. counts: by objective, what its loss is a mean over, in the coming step. losses,
+    correct, count: sums over all micro-batches of the step before."""
 
-    masked: float
+    counts: dict[str, float]
     stop: bool
     failed: bool
     not_finite: bool
@@ -37,9 +39,8 @@ def exchange(
     failed: bool,
 ) -> News:
     """One small sum over all processes. Collective."""
-    masked = sum(batch.masked_labels.numel() for batch in batches)
     numbers = record.read() if record is not None else None
-    mine: list[float] = [masked, stop, failed]
+    mine: list[float] = [stop, failed, *counts_of(names, batches).values()]
     norm: float | None = None
     if numbers is not None:
         norm = numbers.grad_norm
@@ -49,10 +50,12 @@ def exchange(
         parts = (numbers.losses, numbers.correct, numbers.count)
         mine += [part[name] if math.isfinite(part[name]) else 0.0 for part in parts for name in names]
     total = world.sum(mine)
+    n = len(names)
+    stop, failed, counts = total[0] > 0, total[1] > 0, dict(zip(names, total[2 : 2 + n]))
     if numbers is None:
-        return News(total[0], total[1] > 0, total[2] > 0, False)
-    sums = [dict(zip(names, total[4 + i * len(names) :])) for i in range(3)]
-    return News(total[0], total[1] > 0, total[2] > 0, total[3] > 0, *sums, norm)
+        return News(counts, stop, failed, False)
+    sums = [dict(zip(names, total[3 + (1 + i) * n :])) for i in range(3)]
+    return News(counts, stop, failed, total[2 + n] > 0, *sums, norm)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meter_fast.objectives.pretraining import Losses
+from meter_fast.objectives.joint import Losses
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from meter_fast.kernels.cross_attention import reference
 from torch import Tensor
 
 from meter_fast.interop import to_published
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 
 PACKED = ("attn.in_proj_bias", "attn.qkv.bias")  # query, key and value of CLIP and of Swin
 
@@ -31,7 +31,7 @@ def test_logits_and_losses(case: GoldenCase) -> None:
     )
     case.model.itm_head.register_forward_hook(lambda _m, inputs, output: heads.update(itm=output, cls=inputs[0]))
     batch = case.batch()
-    losses = Pretraining(case.model)(batch)
+    losses = JointLoss(case.model)(batch)
     logits = case.outputs["mlm/logits"].flatten(0, 1)[batch.masked_rows]
     errors = {
         "mlm logits": relative(heads["mlm"], logits),
@@ -60,7 +60,7 @@ def test_gradients(case: GoldenCase, form: str, monkeypatch: pytest.MonkeyPatch)
     dtype = torch.float64 if form == "float64" else torch.float32
     backends = set(case.model.attention_backends("cpu", False, case.sizes["text_len"]).values())
     assert backends == {"fused" if form == "fused" else "plain"}
-    Pretraining(case.model.to(dtype))(case.batch().to("cpu", dtype)).loss.backward()
+    JointLoss(case.model.to(dtype))(case.batch().to("cpu", dtype)).loss.backward()
     found = published_gradients(case.model)
     norms = case.gradient_norms["l2_norm"]
     errors = {
@@ -79,7 +79,7 @@ def test_gradients(case: GoldenCase, form: str, monkeypatch: pytest.MonkeyPatch)
 def test_packed_query_and_value_bias_gradients(case: GoldenCase) -> None:
     """What `is_noise` leaves out of packed biases by name: query and value thirds are signal, the key third is
     noise."""
-    Pretraining(case.model)(case.batch()).loss.backward()
+    JointLoss(case.model)(case.batch()).loss.backward()
     for name, value in published_gradients(case.model).items():
         if name.endswith(PACKED):
             query, key, rest = value.chunk(3)

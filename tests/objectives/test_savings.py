@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.plain import plain_losses
 from meter_fast.models.config import FUSIONS
 from meter_fast.models.meter import Meter, Need, Part
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 
 EXACT = 1e-6  # losses are computed in float32, the rest here in float64
 
@@ -50,7 +50,7 @@ def test_pretraining_equals_two_whole_passes(text: str, negatives: str, fusion_l
     plain = plain_losses(model, batch)
     (plain["mlm"] + plain["itm"]).backward()
     expected = gradients(model)
-    losses = Pretraining(model)(batch)
+    losses = JointLoss(model)(batch)
     losses.loss.backward()
     found = gradients(model)
     assert losses.loss.dtype == torch.float64
@@ -69,7 +69,7 @@ def test_one_objective_alone(name: str, fusion: str) -> None:
     plain = plain_losses(model, batch)[name]
     plain.backward()
     expected = gradients(model)
-    losses = Pretraining(model, (name,))(batch)
+    losses = JointLoss(model, (name,))(batch)
     losses.loss.backward()
     assert list(losses.parts) == list(losses.metrics) == [name]
     assert losses.loss.item() == pytest.approx(plain.item(), rel=EXACT)
@@ -131,7 +131,7 @@ def test_work_is_saved(negatives: str) -> None:
     count("last text", last.text.feed_forward)
     count("last image", last.image.feed_forward)
     model.vision.register_forward_pre_hook(lambda _m, inputs: seen.setdefault("vision", []).append((len(inputs[0]),)))
-    Pretraining(model)(batch)
+    JointLoss(model)(batch)
     pictures = len(batch) + (0 if batch.false_images is None else len(batch.false_images))
     length, tokens = batch.text_ids.shape[1], model.config.vision.tokens
     assert seen == {
@@ -161,7 +161,7 @@ def test_padding_changes_nothing(fusion: str) -> None:
     )
     results = []
     for one in (batch, longer):
-        losses = Pretraining(model)(one)
+        losses = JointLoss(model)(one)
         losses.loss.backward()
         results.append((losses.loss.item(), gradients(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=EXACT)
@@ -179,7 +179,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
             part.register_forward_pre_hook(lambda *_a, i=i, on=on: runs[on].append(i)) for i, part in enumerate(watched)
         ]
         torch.manual_seed(5)
-        losses = Pretraining(model)(batch)
+        losses = JointLoss(model)(batch)
         losses.loss.backward()
         results[on] = (losses.loss.item(), gradients(model))
         for hook in hooks:

@@ -11,7 +11,7 @@ from benchmarks.plain import PLAIN
 from meter_fast.interop import original_name
 from meter_fast.models.config import TEXT_NAMES, FusionConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.meter import Meter
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 from meter_fast.training.optimizer import GROUPS, group_of
 
 
@@ -36,7 +36,7 @@ def test_pretraining_step(name: str) -> None:
     """Forward and backward: every parameter gets a gradient, and the vocabulary is scored whole."""
     config = small(name)
     model, batch = model_of(config), small_batch(pad_id=config.pad_id)
-    losses = Pretraining(model)(batch)
+    losses = JointLoss(model)(batch)
     losses.loss.backward()
     assert losses.loss.isfinite()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -53,7 +53,7 @@ def test_packed_model_equals_padded(name: str) -> None:
     for form in ("padded", "packed"):
         model, batch = model_of(config, form), small_batch(pad_id=config.pad_id)
         model, batch = model.double(), batch.to("cpu", torch.float64)
-        losses = Pretraining(model)(batch)
+        losses = JointLoss(model)(batch)
         losses.loss.backward()
         assert model.kernels.text == form
         results.append((losses.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))

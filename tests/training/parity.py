@@ -12,7 +12,7 @@ from meter_fast.interop import original_name
 from meter_fast.models.config import FusionConfig, KernelsConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.meter import Meter
 from meter_fast.models.text_presets import tiny_text
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss, counts_of
 from meter_fast.training import world as worlds
 from meter_fast.training.engine import DS_CONFIGS, Engine
 from meter_fast.training.optimizer import AdamW, Schedule, parameter_groups
@@ -89,7 +89,7 @@ def plain_loop(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]
     for step in range(STEPS):
         schedule.apply(optimizer.param_groups, step)
         batch = batch_of(pairs_of(step))
-        loss = Pretraining(model)(batch).loss
+        loss = JointLoss(model)(batch).loss
         loss.backward()
         if config.optim.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -104,15 +104,16 @@ def by_engine(config: RunConfig, world: worlds.World, steps: int) -> dict:
     torch.manual_seed(0)
     model = Meter(config.model, kernels=config.kernels)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine = Engine(Pretraining(model), config, world, original_name, start if world.is_main else None)
+    engine = Engine(JointLoss(model), config, world, original_name, start if world.is_main else None)
     begun = {(kind, name): tensor.clone() for kind, name, tensor in engine.state.read()}
     micro, losses, norms = config.engine.micro_batch, [], []
     for step in range(steps):
         pairs = pairs_of(step)
         firsts = [(a * world.size + world.rank) * micro for a in range(engine.accumulation)]
         batches = [batch_of(pairs[first : first + micro]) for first in firsts]
-        masked = world.sum([sum(b.masked_labels.numel() for b in batches)])[0]
-        numbers = engine.step(step, batches, masked).read()
+        counts = counts_of(engine.objectives, batches)
+        counts = dict(zip(counts, world.sum(list(counts.values())), strict=True))
+        numbers = engine.step(step, batches, counts).read()
         total = world.sum([sum(numbers.losses.values())])[0]
         losses.append(total / (engine.accumulation * world.size))
         norms.append(numbers.grad_norm)

@@ -17,7 +17,7 @@ from meter_fast.interop import from_meter, original_name, original_names, to_met
 from meter_fast.models.config import FusionConfig, ModelConfig, base, tiny
 from meter_fast.models.export import load_export, save_export
 from meter_fast.models.meter import Meter
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 from meter_fast.recipes import resolve
 from meter_fast.training.optimizer import GROUPS, AdamW, parameter_groups
 from meter_fast.training.unreached import freeze_unreached
@@ -82,7 +82,7 @@ def test_groups_are_those_of_the_fusion() -> None:
 )
 def test_what_no_objective_reaches_is_frozen(objective: str, frozen: tuple[str, ...]) -> None:
     model = Meter(merged(tiny(vocab_size=40), 2))
-    unreached = freeze_unreached(Pretraining(model, (objective,)), model.config)
+    unreached = freeze_unreached(JointLoss(model, (objective,)), model.config)
     expected = {name for name, _ in model.named_parameters() if name.startswith(frozen)}
     assert {name.removeprefix("model.") for name in unreached} == expected
     assert expected == {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -91,7 +91,7 @@ def test_what_no_objective_reaches_is_frozen(objective: str, frozen: tuple[str, 
 def test_learns_a_batch() -> None:
     torch.manual_seed(0)
     model = Meter(merged(tiny(vocab_size=40), 3))
-    module, batch = Pretraining(model), a_batch(40, model.config.vision.image_size)
+    module, batch = JointLoss(model), a_batch(40, model.config.vision.image_size)
     groups = parameter_groups(model.named_parameters(), OptimConfig(lr=1e-3), original_name)
     optimizer = AdamW(groups)
     seen = []
@@ -114,7 +114,7 @@ def test_export_and_back(tmp_path: Path) -> None:
     assert again.config == model.config
     batch = a_batch(40, model.config.vision.image_size)
     with torch.no_grad():
-        assert torch.equal(Pretraining(again)(batch).loss, Pretraining(model)(batch).loss)
+        assert torch.equal(JointLoss(again)(batch).loss, JointLoss(model)(batch).loss)
     other = Meter(tiny(vocab_size=40))
     assert set(other.state_dict()) != set(model.state_dict())
 

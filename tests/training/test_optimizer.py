@@ -13,7 +13,7 @@ from meter_fast.interop import original_name, original_names
 from meter_fast.models import config as models
 from meter_fast.models.meter import Meter
 from meter_fast.models.vision_presets import vision_preset
-from meter_fast.objectives.pretraining import Pretraining
+from meter_fast.objectives.joint import JointLoss
 from meter_fast.training.optimizer import AdamW, Schedule, group_of, parameter_groups
 
 UNUSED = ("vit_model.positional_embedding", "vit_model.ln_final.", "text_transformer.pooler.")
@@ -135,7 +135,7 @@ def test_eight_steps_follow_the_published_trajectory(case: GoldenCase):
     optimizer = AdamW(groups, betas=optim.betas, eps=optim.eps)
     schedule = Schedule.of(optim, settings["max_steps"])
     before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
-    module, batch = Pretraining(case.model), case.batch()
+    module, batch = JointLoss(case.model), case.batch()
     for step, expected in enumerate([*golden["steps"], golden["final"]]):
         losses = module(batch)
         for name in ("mlm", "itm"):

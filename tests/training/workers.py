@@ -11,7 +11,7 @@ import torch
 
 from meter_fast import train as program
 from meter_fast.data.loader import PretrainLoader
-from meter_fast.objectives.pretraining import Losses, Pretraining
+from meter_fast.objectives.joint import JointLoss, Losses
 from meter_fast.training import checkpoint
 from meter_fast.training.engine import Engine
 
@@ -32,10 +32,10 @@ def watch_samples(path: Path) -> None:
     """Note the sample ids of each step, by micro-batch."""
     step_of = Engine.step
 
-    def step(self, step, batches, masked):
+    def step(self, step, batches, counts):
         with open(path, "a") as file:
             file.write(json.dumps({"step": step, "samples": [b.sample_ids.tolist() for b in batches]}) + "\n")
-        return step_of(self, step, batches, masked)
+        return step_of(self, step, batches, counts)
 
     Engine.step = step
 
@@ -46,10 +46,10 @@ def before_step(act):
     def arm(at: int) -> None:
         step_of = Engine.step
 
-        def step(self, step, batches, masked):
+        def step(self, step, batches, counts):
             if step == at:
                 act()
-            return step_of(self, step, batches, masked)
+            return step_of(self, step, batches, counts)
 
         Engine.step = step
 
@@ -58,7 +58,7 @@ def before_step(act):
 
 def not_a_number(at: int) -> None:
     """The loss of step `at` becomes NaN, through the weights' gradients as well."""
-    forward, seen = Pretraining.forward, [0]
+    forward, seen = JointLoss.forward, [0]
 
     def poisoned(self, batch, totals=None):
         losses = forward(self, batch, totals)
@@ -69,12 +69,12 @@ def not_a_number(at: int) -> None:
             losses.loss * float("nan"), {n: v * float("nan") for n, v in losses.parts.items()}, losses.metrics
         )
 
-    Pretraining.forward = poisoned
+    JointLoss.forward = poisoned
 
 
 def infinite_gradient(at: int) -> None:
     """Step `at` has a finite loss and a gradient that is not."""
-    forward, seen = Pretraining.forward, [0]
+    forward, seen = JointLoss.forward, [0]
 
     class Explode(torch.autograd.Function):
         @staticmethod
@@ -92,7 +92,7 @@ def infinite_gradient(at: int) -> None:
             return losses
         return Losses(Explode.apply(losses.loss), losses.parts, losses.metrics)
 
-    Pretraining.forward = poisoned
+    JointLoss.forward = poisoned
 
 
 def unreadable_data(at: int) -> None:

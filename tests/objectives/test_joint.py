@@ -6,13 +6,13 @@ from small_case import small_batch, small_model
 from torch import nn
 
 from meter_fast.models.config import FUSIONS
-from meter_fast.objectives.pretraining import Pretraining, Totals
+from meter_fast.objectives.joint import JointLoss
 
 
 def test_means_over_a_split_step_are_those_of_the_whole() -> None:
     """Two micro-batches with unequal numbers of masked tokens; each is told half of the step's."""
     model, batch = small_model().double(), small_batch("batch").to("cpu", torch.float64)
-    module = Pretraining(model)
+    module = JointLoss(model)
     module(batch).loss.backward()
     whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -32,17 +32,12 @@ def test_means_over_a_split_step_are_those_of_the_whole() -> None:
             itm_images=batch.itm_images[begin:end] - begin,
             false_images=None,
         )
-        losses = module(part, Totals(masked=total / 2))
-        # ITM's own mean is over the micro-batch, of which there are 2 and 4 pairs of the 6 here
-        (losses.loss / 2 + (len(part) / 6 - 0.5) * module_itm(module, part)).backward()
+        losses = module(part, {"mlm": total / 2, "itm": len(batch) / 2})
+        (losses.loss / 2).backward()
     assert masked == [2, 3]
     for name, parameter in model.named_parameters():
         if not name.endswith(("key.bias", "query_key_value.bias", "key_value.bias", "qkv.bias")):
             assert torch.allclose(parameter.grad, whole[name], rtol=1e-5, atol=1e-6 * whole[name].abs().max()), name
-
-
-def module_itm(module: Pretraining, batch) -> torch.Tensor:
-    return Pretraining(module.model, ("itm",))(batch).loss
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -52,7 +47,7 @@ def test_no_masked_token(fusion: str) -> None:
     empty = type(batch)(
         **{**vars(batch), "masked_rows": batch.masked_rows[:0], "masked_labels": batch.masked_labels[:0]}
     )
-    losses = Pretraining(model)(empty)
+    losses = JointLoss(model)(empty)
     losses.loss.backward()
     assert losses.parts["mlm"].item() == 0.0
     assert [value.item() for value in losses.metrics["mlm"]] == [0, 0]
@@ -63,7 +58,7 @@ def test_no_masked_token(fusion: str) -> None:
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_parameter_gets_a_gradient(fusion: str) -> None:
     model = small_model(fusion=fusion)
-    Pretraining(model)(small_batch()).loss.backward()
+    JointLoss(model)(small_batch()).loss.backward()
     without = [
         name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]
@@ -73,9 +68,9 @@ def test_every_parameter_gets_a_gradient(fusion: str) -> None:
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_bfloat16_forward_and_backward(fusion: str) -> None:
     model, batch = small_model(fusion=fusion), small_batch()
-    expected = Pretraining(model)(batch).loss.item()
+    expected = JointLoss(model)(batch).loss.item()
     model.bfloat16()
-    losses = Pretraining(model)(batch.to("cpu", torch.bfloat16))
+    losses = JointLoss(model)(batch.to("cpu", torch.bfloat16))
     losses.loss.backward()
     assert losses.loss.dtype == torch.float32
     assert losses.loss.item() == pytest.approx(expected, rel=2e-2)
@@ -85,7 +80,7 @@ def test_bfloat16_forward_and_backward(fusion: str) -> None:
 
 
 def test_dropout_acts_in_training_only() -> None:
-    module, batch = Pretraining(small_model(dropout=0.3)), small_batch()
+    module, batch = JointLoss(small_model(dropout=0.3)), small_batch()
     first, second = module(batch).loss.item(), module(batch).loss.item()
     assert first != second
     module.eval()
@@ -97,7 +92,7 @@ def test_parameters_are_used_inside_their_own_module(fusion: str) -> None:
     """As under ZeRO-3: a module's parameters are there from its own forward to the end of it and empty at all other
     times."""
     model, batch = small_model(fusion=fusion), small_batch("dataset")
-    module = Pretraining(model).eval()
+    module = JointLoss(model).eval()
     with torch.no_grad():
         expected = module(batch).loss.item()
         values = {parameter: parameter.data for parameter in model.parameters()}
@@ -126,17 +121,15 @@ def test_no_parameter_has_zero_dimensions() -> None:
 
 def test_errors() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match=r"'mim'.*mlm, itm"):
-        Pretraining(model, ("mim",))
+    with pytest.raises(ValueError, match=r"'unknown'.*mlm, itm"):
+        JointLoss(model, ("unknown",))
     with pytest.raises(ValueError, match=r"at least one"):
-        Pretraining(model, ())
+        JointLoss(model, ())
     with pytest.raises(ValueError, match=r"each once"):
-        Pretraining(model, ("mlm", "mlm"))
+        JointLoss(model, ("mlm", "mlm"))
     model.itm_head = None
     with pytest.raises(ValueError, match=r"model.itm_head=true"):
-        Pretraining(model)
-    with pytest.raises(ValueError, match=r"above 0"):
-        Totals(masked=0.0)
+        JointLoss(model)
 
 
 def test_text_longer_than_the_positions() -> None:
