@@ -37,15 +37,16 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example: size=tiny optim.lr=1e-4")
     train.set_defaults(run=run_training)
 
-    evaluate = commands.add_parser("evaluate", help="loss and accuracy of a model on held-out pairs")
+    evaluate = commands.add_parser("evaluate", help="scores of a model on held-out data")
     evaluate.add_argument(
         "model", metavar="RUN_OR_EXPORT", type=Path, help="run directory, export folder or METER .ckpt"
     )
-    evaluate.add_argument("task", choices=["pretrain"], metavar="TASK", help="pretrain")
+    evaluate.add_argument("task", choices=["pretrain", "retrieval"], metavar="TASK", help="pretrain, or retrieval")
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA data.val_split=test"
     )
     evaluate.add_argument("--pairs", type=int, metavar="N", help="score N pairs (default: all)")
+    evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval: among N pictures (default: all)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     evaluate.set_defaults(run=evaluate_model)
 
@@ -108,6 +109,10 @@ def run_training(arguments: argparse.Namespace) -> int | None:
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
+    if (arguments.pairs if arguments.task == "retrieval" else arguments.pictures) is not None:
+        raise ValueError("--pictures goes with the task retrieval, --pairs with the others")
+    if arguments.task == "retrieval":
+        return evaluate_recall(arguments)
     from meter_fast.evaluate import evaluate_split
 
     if arguments.pairs is not None and arguments.pairs < 2:
@@ -118,6 +123,19 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             row = scores[objective]
             print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
     print(f"split {scores['split']}, {scores['pairs']:,} pairs, skipped {scores['skipped'] or 'none'}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate_recall(arguments: argparse.Namespace) -> None:
+    from meter_fast.retrieval import evaluate_retrieval, lines
+
+    if arguments.pictures is not None and arguments.pictures < 2:
+        raise ValueError(f"--pictures {arguments.pictures}: give 2 or more")
+    scores = evaluate_retrieval(
+        arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True)
+    )
+    print("\n".join(lines(scores)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
