@@ -71,6 +71,21 @@ def test_presets_at_native_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VISION_PRESETS)
+def test_presets_from_224_to_576(name: str) -> None:
+    """Forward and backward at full width, without memory, at the smallest, a middle and the largest size allowed."""
+    native = VISION_PRESETS[name].config
+    for pixels in (224, 384, 576):
+        size = pixels // native.patch_size * native.patch_size
+        config = dataclasses.replace(native, image_size=size)
+        with torch.device("meta"):
+            vision = build_vision(config)
+            tokens = vision(torch.empty(1, 3, size, size))
+        assert tokens.shape == (1, config.tokens, config.width)
+        tokens.sum().backward()
+        assert all(parameter.grad is not None for parameter in vision.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", VISION_PRESETS)
 def test_presets_have_the_tensors_of_the_timm_model_that_they_name(name: str) -> None:
     """Every tensor of timm's own model, of the same shape, apart from what loading leaves out."""
     config, transform = VISION_PRESETS[name].config, VISION_PRESETS[name].transform
