@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import meter_fast
 from meter_fast.config import DataConfig, RunConfig, from_dict, override
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import Batch
 from meter_fast.data.images import image_transform, open_backend
 from meter_fast.data.loader import EvaluationLoader
 from meter_fast.data.sources import PUBLISHED, open_sources
@@ -27,7 +27,7 @@ from meter_fast.recipes import resolve
 @torch.inference_mode()
 def evaluate_pretraining(
     model: nn.Module,
-    batches: Iterable[PretrainBatch],
+    batches: Iterable[Batch],
     device: torch.device | str,
     dtype: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:

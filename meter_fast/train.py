@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from meter_fast.config import ConfigError, RunConfig, describe, to_dict
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import Batch
 from meter_fast.evaluate import evaluate_pretraining
 from meter_fast.interop import original_name
 from meter_fast.models.meter import Meter
@@ -116,7 +116,7 @@ def fit(run: Run) -> int:
     return EXIT_DONE
 
 
-def advance(run: Run, step: int, batches: list[PretrainBatch], counts: dict[str, float]) -> StepRecord:
+def advance(run: Run, step: int, batches: list[Batch], counts: dict[str, float]) -> StepRecord:
     """One optimizer step. Whatever goes wrong in here is no mistake of the user's, so it keeps its stack."""
     try:
         return run.engine.step(step, batches, counts)
@@ -124,7 +124,7 @@ def advance(run: Run, step: int, batches: list[PretrainBatch], counts: dict[str,
         raise RuntimeError(f"step {step} failed") from error
 
 
-def fetch(steps: Iterator[list[PretrainBatch]]) -> tuple[list[PretrainBatch], ValueError | OSError | None]:
+def fetch(steps: Iterator[list[Batch]]) -> tuple[list[Batch], ValueError | OSError | None]:
     """The next step's micro-batches, or what went wrong: the others have to hear of it first."""
     try:
         return next(steps), None
