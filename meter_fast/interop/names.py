@@ -50,6 +50,9 @@ HEADS = {
 }
 
 
+HEAD_NAMES = tuple(sorted({name.split(".")[0] + "." for name in HEADS.values()}))
+
+
 def original_names(name: str) -> tuple[str, ...]:
     """Published names of one of our parameters, in the order in which they are stacked. A leading "model." is allowed.
 
