@@ -75,7 +75,9 @@ class _Batch:
         self.ids = table.column("question_id").values
         self.id_starts = run_starts(table.column("question_id"))
         columns = {name: table.column(name) for name in ANSWER_COLUMNS}
-        self.answered = all(_is_nested(column.type) for column in columns.values())
+        self.answered = all(_is_nested(column.type) for column in columns.values()) and any(
+            run_starts(column)[0] < run_starts(column)[-1] for column in columns.values()
+        )
         self.answers = self.labels = self.scores = None
         if np.any(np.diff(self.id_starts) != np.diff(self.first)):
             raise TableError(f"{where}: some rows have not as many question_id as questions; write the table again")
