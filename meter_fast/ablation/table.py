@@ -57,7 +57,7 @@ def _row(plan: Plan, planned: PlannedRow) -> dict[str, Any]:
         ours = {name: 100 * retrieval["retrieval"][key] for name, key in RETRIEVAL.items()}
         chance = {name: 100 * retrieval["chance"][key] for name, key in RETRIEVAL.items()}
     if "vqa_score" in found:
-        ours = {VQA: 100 * found["vqa_score"]["vqa"]["score"], **ours}
+        ours = {VQA: 100 * found["vqa_score"]["vqa"]["all"]["score"], **ours}
     return {
         "name": planned.row.name,
         "label": planned.row.label,
@@ -108,7 +108,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['number'][:1].upper()}{result['number'][1:]} of {SOURCE}. Ours: size {result['size']}. Per cent.",
         _main(result),
         _notes(result),
-        _details(result),
+        _recalls(result),
+        _answers(result),
         _runs(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -153,7 +154,7 @@ def _notes(result: dict[str, Any]) -> str:
     return "\n".join(f"- {note}" for note in notes)
 
 
-def _details(result: dict[str, Any]) -> str:
+def _recalls(result: dict[str, Any]) -> str:
     """All recalls of ours."""
     rows = [(row["label"], row["scores"]["retrieval"]) for row in result["rows"] if "retrieval" in row["scores"]]
     if not rows:
@@ -177,6 +178,26 @@ def _details(result: dict[str, Any]) -> str:
         f"captions, {first['different_captions']:,} of them different."
     )
     return f"{text}\n\n" + _table(["row", *(name.replace("_r", "@").upper() for name in names)], body)
+
+
+def _answers(result: dict[str, Any]) -> str:
+    """Answers to questions by kind, and what is left of them with other pictures."""
+    rows = [(row["label"], row["scores"]["vqa_score"]) for row in result["rows"] if "vqa_score" in row["scores"]]
+    if not rows:
+        return ""
+    kinds = list(dict.fromkeys(kind for _, scores in rows for kind in scores["vqa"]))
+    body = [
+        [label + what, *(_share(scores["vqa"].get(kind, {}).get(key)) for kind in kinds)]
+        for label, scores in rows
+        for what, key in (("", "score"), (", with other pictures", "exchanged"))
+    ]
+    first = rows[0][1]
+    text = f"Questions answered, ours, {first['split']}: {first['pairs']:,} questions."
+    return f"{text}\n\n" + _table(["row", *kinds], body)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _runs(result: dict[str, Any]) -> str:

@@ -42,7 +42,15 @@ HEADS = {
     "mlm_head.decoder.bias": "mlm_score.bias",
     "itm_head.weight": "itm_score.fc.weight",
     "itm_head.bias": "itm_score.fc.bias",
+    **{
+        f"vqa_head.{ours}.{kind}": f"vqa_classifier.{theirs}.{kind}"
+        for ours, theirs in (("dense", 0), ("norm", 1), ("out", 3))
+        for kind in ("weight", "bias")
+    },
 }
+
+
+HEAD_NAMES = tuple(sorted({name.split(".")[0] + "." for name in HEADS.values()}))
 
 
 def original_names(name: str) -> tuple[str, ...]:

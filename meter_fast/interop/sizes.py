@@ -25,6 +25,7 @@ WORDS = "text_transformer.embeddings.word_embeddings.weight"
 TEXT_POSITIONS = "text_transformer.embeddings.position_embeddings.weight"
 TEXT_TYPES = "text_transformer.embeddings.token_type_embeddings.weight"
 TEXT_FFN = "text_transformer.encoder.layer.0.intermediate.dense.weight"
+VQA_OUT = "vqa_classifier.3.bias"
 NEEDED = (
     WORDS,
     TEXT_POSITIONS,
@@ -76,6 +77,7 @@ def infer_config(
         ),
         mlm_head=any(key.startswith("mlm_score.") for key in state),
         itm_head=any(key.startswith("itm_score.") for key in state),
+        vqa_answers=len(state.get(VQA_OUT, ())),
     )
 
 

@@ -173,6 +173,7 @@ class FusionConfig:
 class ModelConfig:
     """A whole model; `mlm_head` and `itm_head` say which pre-training heads it has.
 
+    vqa_answers: answers that the head of visual question answering chooses from (3129 in VQAv2); 0: no such head.
     init_std: of the matrices and embeddings that start at random; 0.02 as published, which suits a width of 768. Narrow
     models learn sooner with more: signals then keep their size through the layers.
     """
@@ -182,7 +183,12 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     mlm_head: bool = True
     itm_head: bool = True
+    vqa_answers: int = 0
     init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.vqa_answers < 0:
+            raise ValueError(f"model.vqa_answers={self.vqa_answers}: 0 (no head) or the number of answers")
 
 
 @dataclass(frozen=True)

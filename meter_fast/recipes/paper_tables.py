@@ -7,13 +7,15 @@ could not be re-read for this file. `checked` names, for single figures, a publi
 quoted from the paper without having been re-read, and are marked so wherever they are shown.
 
 Full size is the paper's set-up: encoders with published weights, 4 M pictures, CLIP-ViT-B/32 and BERT unless a row says
-otherwise, each at its own resolution. In miniature the kinds are the same and everything else is small: drawn scenes of
-96 px, encoders that start at random; a patch of 32 pixels is a cell of the scenes' grid, one of 16 a quarter of a cell.
+otherwise. In miniature the kinds are the same and everything else is small: drawn scenes of 96 px, encoders that start
+at random, patches of 32 pixels (CLIP-ViT-B/16: 16). What only weights tell apart (DeiT and ViT) is then the same.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from meter_fast.models.vision_presets import VISION_PRESETS
 
 Size = Literal["tiny", "base"]
 
@@ -66,16 +68,16 @@ LENGTHS: dict[Size, dict[str, tuple[str, ...]]] = {
     "base": {"from_encoders": ("from_encoders=true",)},
     "tiny": {
         "pretrain": ("run.max_steps=700", "optim.warmup=0.15", "run.eval_every=0", "run.picture_every=0"),
-        "vqa": ("run.max_steps=300", "run.eval_every=0"),
+        "vqa": ("run.max_steps=300", "run.max_epochs=0", "run.eval_every=0"),
         "from_encoders": (
-            "run.max_steps=1000", "run.eval_every=0", "data.tokenizer=trained", "optim.lr=5e-4",
+            "run.max_steps=1000", "run.max_epochs=0", "run.eval_every=0", "data.tokenizer=trained", "optim.lr=5e-4",
             "optim.head_multiplier=1",
         ),
         "image_tokenizer": (),
     },
 }  # fmt: skip
 """What each stage has in all rows: full runs as the recipes have them, or minutes on two CPU cores. "from_encoders":
-fine-tuning without pre-training. The resolution of fine-tuning is the vision encoder's own, unless a row sets it."""
+fine-tuning without pre-training."""
 
 HELD_OUT: dict[Size, tuple[str, ...]] = {
     "base": ("data.val_sources=f30k", "data.val_split=test"),
@@ -95,41 +97,21 @@ def _figures(metrics: tuple[str, ...], text: str) -> dict[str, float]:
     return {name: float(value) for name, value in zip(metrics, text.split(), strict=True) if value != "-"}
 
 
-def _vision(preset: str) -> str:
-    return f"model.vision.name={preset}"
-
-
-def _tiny_vision(kind: str, patch: int, width: int = 128, layers: int = 3, heads: int = 2) -> tuple[str, ...]:
-    """An encoder of a kind at the size of the tiny model; Swin and VOLO have a least depth."""
-    sizes = {"name": kind, "width": width, "layers": layers, "heads": heads, "patch_size": patch}
-    return tuple(f"model.vision.{key}={value}" for key, value in sizes.items())
-
-
-TINY_VISION = {
-    "clip_b32_224": (),  # the tiny model's own
-    "clip_b16_224": _tiny_vision("clip_vit", 16),
-    "vit_b16_384": _tiny_vision("vit", 16),
-    "deit_b16_384": _tiny_vision("vit", 16),  # the same architecture; what tells them apart is their weights
-    "deit_distilled_b16_384": _tiny_vision("deit_distilled", 16),
-    "cait_m36_384": _tiny_vision("cait", 16),
-    "volo_d4_448": _tiny_vision("volo", 16, layers=9, heads=4),
-    "beit_b16_224": _tiny_vision("beit", 16),
-    "swin_b_384": _tiny_vision("swin", 32, layers=7, heads=8),
-}
-"""The vision presets of the tables in miniature."""
-
-
 def _encoders(text: str, vision: str) -> tuple[Change, Change]:
-    """(base, tiny) of a pair of encoders."""
-    return Change(model=(f"text={text}", _vision(vision))), Change(model=(f"text={text}", *TINY_VISION[vision]))
+    """(base, tiny) of a pair of encoders. At full size both trainings are at the vision encoder's native resolution."""
+    model = (f"text={text}", f"vision={vision}")
+    own = (f"model.vision.image_size={VISION_PRESETS[vision].config.image_size}",)
+    finer = ("model.vision.patch_size=16",) if vision == "clip_b16_224" else ()
+    return Change(model, vqa=own), Change((*model, *finer))
 
 
-_DEFAULT = Change(model=("text=bert_base", _vision("clip_b32_224")))
+DEFAULT, _ = _encoders("bert_base", "clip_b32_224")
 
 
 def _row(name: str, label: str, base: tuple[str, ...], tiny: tuple[str, ...], paper: dict, checked=None) -> Row:
     """A row of the default encoders that differs in the settings of pre-training."""
-    return Row(name, label, Change(_DEFAULT.model, base), Change((), tiny), paper, dict.fromkeys(checked or (), REVIEW))
+    full = replace(DEFAULT, pretrain=base)
+    return Row(name, label, full, Change(pretrain=tiny), paper, dict.fromkeys(checked or (), REVIEW))
 
 
 # ------------------------------------------------------------------------------------------------ without pre-training
@@ -242,8 +224,8 @@ LEARNING_RATES = Table(
 
 def _fusion(name: str, label: str, paper: str) -> Row:
     change = (f"fusion={name}",)
-    base, tiny = Change((*_DEFAULT.model, *change)), Change(change)
-    return Row(name, label, base, tiny, _figures(METRICS, paper))
+    full = replace(DEFAULT, model=(*DEFAULT.model, *change))
+    return Row(name, label, full, Change(change), _figures(METRICS, paper))
 
 
 FUSION = Table(
@@ -283,9 +265,9 @@ OBJECTIVES = Table(
 
 
 def _resolution(base: int, tiny: int, start: str) -> Row:
-    at = f"model.vision.image_size={base}", f"model.vision.image_size={tiny}"
-    model = ("text=roberta_base", _vision("clip_b16_224"))
-    return Row(f"px{base}", f"{base} px", Change(model, vqa=at[:1]), Change(vqa=at[1:]), start=start)
+    model = ("text=roberta_base", "vision=clip_b16_224")
+    full = Change(model, vqa=(f"model.vision.image_size={base}",))
+    return Row(f"px{base}", f"{base} px", full, Change(vqa=(f"model.vision.image_size={tiny}",)), start=start)
 
 
 RESOLUTION = Table(
