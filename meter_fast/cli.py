@@ -113,9 +113,8 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     if arguments.pairs is not None and arguments.pairs < 2:
         raise ValueError(f"--pairs {arguments.pairs}: give 2 or more")
     scores = evaluate_split(arguments.model, arguments.task, arguments.settings, arguments.pairs)
-    for objective in ("mlm", "itm"):
-        if objective in scores:
-            row = scores[objective]
+    for objective, row in scores.items():
+        if isinstance(row, dict) and "accuracy" in row:
             print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
     print(f"split {scores['split']}, {scores['pairs']:,} pairs, skipped {scores['skipped'] or 'none'}")
     if arguments.json is not None:

@@ -32,6 +32,7 @@ from meter_fast.score import glimpse
 from meter_fast.training import banner, checkpoint, world
 from meter_fast.training.engine import DTYPES, Engine, accumulation
 from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, expect_progress, no_watchdog
+from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.monitor import Monitor
 from meter_fast.training.pairs import Pairs, fit_vocabulary, open_pairs, open_tokenizer, open_training_sources
 from meter_fast.training.progress import Interval, News, exchange
@@ -247,7 +248,7 @@ def prepare(config: RunConfig, this: World) -> Run:
     sources = this.each(lambda: open_training_sources(config.data))
     this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
     tokenizer, folder = open_tokenizer(config, this, sources)
-    config = fit_vocabulary(config, tokenizer)
+    config = fit_heads(fit_vocabulary(config, tokenizer))
     dtype = DTYPES[config.engine.dtype]
     pairs = this.each(lambda: open_pairs(config, this, sources, tokenizer, folder, accumulated, dtype))
     start = find_start(config, this, pairs.identity())
@@ -272,8 +273,10 @@ def build(config: RunConfig, this: World, start: Start) -> JointLoss:
     if this.is_main:
         load_weights(model, config, start)
     module = JointLoss(model, config.objectives.names)
-    if len(config.objectives.names) < 2:
+    if set(config.objectives.names) != {"mlm", "itm"}:
         freeze_unreached(module, config.model)
+    if model.mim_in_batch_head is not None:
+        model.mim_in_batch_head.all_ranks = config.objectives.mim_negatives == "all_ranks"
     return module
 
 

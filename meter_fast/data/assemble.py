@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS, BadImage, check_image
 from meter_fast.data.images import BatchDecodeError, ImageBackend
 from meter_fast.data.order import mix
@@ -25,7 +26,7 @@ BAD_IN_A_ROW = 100  # so many unusable samples one after another are no bad luck
 ATTEMPTS = 10 * BAD_IN_A_ROW  # draws of a replacement, those included that show the partner's picture
 
 # What a random number is for: each purpose has its own stream.
-_REPLACE, _COIN, _FALSE_PICTURE, _MASK = 1, 2, 3, 4
+_REPLACE, _COIN, _FALSE_PICTURE, _MASK, _HIDE_CELLS = 1, 2, 3, 4, 6  # 5: the order of held-out splits
 
 
 class BadDataError(ValueError):
@@ -68,6 +69,7 @@ class Assembler:
     negatives: "batch", the false picture of a pair (2i, 2i+1) is the partner's, or "dataset", it is drawn uniformly
     from all (picture, caption) items, as published (so once in a while it is the true picture).
     replace: put another sample in place of a bad one (training); False leaves it out (evaluation).
+    cells: hide cells of the pictures, for masked image modelling.
     Raises ValueError for an unknown kind of negatives.
     """
 
@@ -80,12 +82,13 @@ class Assembler:
         negatives: str = "batch",
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
+        cells: CellMasking | None = None,
     ):
         if negatives not in NEGATIVES:
             raise ValueError(f"objectives.itm_negatives={negatives!r}: choose one of {', '.join(NEGATIVES)}")
         self.sources, self.text, self.images = sources, text, images
         self.seed, self.negatives, self.replace = seed, negatives, replace
-        self.max_image_pixels = max_image_pixels
+        self.max_image_pixels, self.cells = max_image_pixels, cells
         self._undecodable: dict[int, Skip] = {}  # found by decoding; kept, so that one picture costs a batch only once
 
     def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared:
@@ -108,6 +111,9 @@ class Assembler:
             except _DecodeFailed:
                 continue
             fields = self._texts(chosen, positions[kept])
+            if self.cells is not None:
+                chance = _PositionRandom(self.seed, _HIDE_CELLS)
+                fields |= self.cells.fields(images, (chance.at(position) for position in positions[kept].tolist()))
             return Prepared(
                 PretrainBatch(
                     images=images,

@@ -17,6 +17,7 @@ import numpy as np
 
 from meter_fast.data.assemble import Assembler, BadDataError, Prepared, describe_skips
 from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices, part_pairs, permute
@@ -70,6 +71,7 @@ class PretrainLoader:
     rank, world, micro_batch, accumulation: must divide order's global batch (micro_slices). workers: threads; 0
     prepares in the caller. prefetch: optimizer steps prepared ahead (each is `accumulation` micro-batches in memory),
     at least 1. max_image_pixels: larger pictures count as bad. max_bad_share: stop when more samples than this are bad.
+    cells: for masked image modelling.
 
     wait_seconds: time that the caller spent waiting for data, in all. seen, skipped, skip_examples: see SkipCount.
     Raises OrderError or ValueError for numbers that do not fit together.
@@ -92,6 +94,7 @@ class PretrainLoader:
         prefetch: int = 2,
         max_bad_share: float = 0.01,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        cells: CellMasking | None = None,
     ):
         if negatives == "batch" and not order.parts_pairs:
             raise OrderError(
@@ -104,7 +107,7 @@ class PretrainLoader:
         self._samples = lru_cache(prefetch + 2)(order.batch)  # a step's micro-batches share its global batch
         self.workers, self.prefetch = workers, prefetch
         self.wait_seconds = 0.0
-        self._assembler = Assembler(sources, text, images, seed, negatives, max_image_pixels)
+        self._assembler = Assembler(sources, text, images, seed, negatives, max_image_pixels, cells=cells)
         self._count = SkipCount(max_bad_share)
 
     @property
@@ -176,6 +179,7 @@ class EvaluationLoader:
         workers: int = 0,
         max_bad_share: float = 0.01,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        cells: CellMasking | None = None,
     ):
         count = len(sources) if limit is None else min(limit, len(sources))
         samples = permute(np.arange(count), len(sources), (seed, _EVALUATION))
@@ -183,7 +187,7 @@ class EvaluationLoader:
         samples[:even] = part_pairs(samples[:even], sources.image_ids(samples[:even]), 0)
         self._tasks = evaluation_shares(count, batch_size, rank, world)
         self._samples = samples
-        self._assembler = Assembler(sources, text, images, seed, "batch", max_image_pixels, replace=False)
+        self._assembler = Assembler(sources, text, images, seed, "batch", max_image_pixels, False, cells)
         self._workers, self._max_bad_share = workers, max_bad_share
         self._count = SkipCount(max_bad_share)
 

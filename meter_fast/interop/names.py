@@ -43,13 +43,14 @@ HEADS = {
     "itm_head.weight": "itm_score.fc.weight",
     "itm_head.bias": "itm_score.fc.bias",
 }
+UNPUBLISHED_HEADS = {"mim_in_batch_head.": "mim_in_batch_score.", "mim_codes_head.": "mim_codes_score."}
 
 
 def original_names(name: str) -> tuple[str, ...]:
     """Published names of one of our parameters, in the order in which they are stacked. A leading "model." is allowed.
 
-    Layers of merged attention were never published; theirs are written in the same style, so that groups can be decided
-    on them. Raises ValueError if the model has no such parameter.
+    Layers of merged attention and heads of masked image modelling were never published; theirs are written in the same
+    style, so that groups can be decided on them. Raises ValueError if the model has no such parameter.
     """
     name = name.removeprefix("model.")
     top, _, rest = name.partition(".")
@@ -64,6 +65,8 @@ def original_names(name: str) -> tuple[str, ...]:
         found = _fusion_names(rest)
     elif name in HEADS:
         found = (HEADS[name],)
+    elif f"{top}." in UNPUBLISHED_HEADS:
+        found = (UNPUBLISHED_HEADS[f"{top}."] + rest,)
     if not found:
         raise ValueError(f"{name!r} is no parameter of a METER model")
     return found

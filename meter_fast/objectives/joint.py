@@ -20,10 +20,15 @@ from torch import Tensor, nn
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import itm, mlm
+from meter_fast.objectives import itm, mim_codes, mim_in_batch, mlm
 from meter_fast.objectives.reading import Reading
 
-OBJECTIVES: dict[str, ModuleType] = {"mlm": mlm, "itm": itm}
+OBJECTIVES: dict[str, ModuleType] = {
+    "mlm": mlm,
+    "itm": itm,
+    "mim_in_batch": mim_in_batch,
+    "mim_codes": mim_codes,
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ class JointLoss(nn.Module):
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives.names has {name!r}: known are {', '.join(OBJECTIVES)}")
             if getattr(model, OBJECTIVES[name].HEAD) is None:
-                raise ValueError(
-                    f"objective {name!r} needs a head that the model lacks: set model.{OBJECTIVES[name].HEAD}=true"
-                )
+                head = OBJECTIVES[name].HEAD
+                value = "true" if getattr(model.config, head) in (True, False) else "N"
+                raise ValueError(f"objective {name!r} needs a head that the model lacks: set model.{head}={value}")
         if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(f"objectives.names={tuple(objectives)}: name at least one objective, each once")
         self.model = model

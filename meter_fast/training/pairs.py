@@ -22,6 +22,7 @@ from meter_fast.data.order import SampleOrder
 from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from meter_fast.training.masked_images import open_cells
 from meter_fast.training.world import World
 
 TRAINED = "trained"
@@ -129,10 +130,11 @@ def open_pairs(
         data.backend, image_transform(data.transform, config.model.vision.image_size), world.device, dtype,
         threads=max(1, data.workers), max_batch=max(4, 2 * engine.micro_batch),
     )  # fmt: skip
+    cells = open_cells(goals, config.model)
     loader = PretrainLoader(
         sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,
         accumulation=accumulation, negatives=goals.itm_negatives, seed=config.run.seed, workers=data.workers,
-        prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels,
+        prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels, cells=cells,
     )  # fmt: skip
     held_out, validation = None, None
     if data.val_sources:
@@ -140,6 +142,6 @@ def open_pairs(
         validation = EvaluationLoader(
             held_out, text, backend, batch_size=max(2, engine.micro_batch // 2 * 2), rank=world.rank, world=world.size,
             limit=data.val_pairs, workers=data.workers, max_bad_share=data.max_bad_share,
-            max_image_pixels=data.max_image_pixels,
+            max_image_pixels=data.max_image_pixels, cells=cells,
         )  # fmt: skip
     return Pairs(tokenizer, folder, sources, loader, backend, held_out, validation)
