@@ -99,7 +99,7 @@ def evaluate_split(
             workers=data.workers,
             max_bad_share=data.max_bad_share,
             max_image_pixels=data.max_image_pixels,
-            cells=open_cells(objectives, model.config),
+            cells=open_cells(objectives, model.config.vision, transform, device),
         )
         scores = evaluate_pretraining(JointLoss(model.to(device), objectives.names), loader, device)
     finally:

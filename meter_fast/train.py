@@ -248,7 +248,7 @@ def prepare(config: RunConfig, this: World) -> Run:
     sources = this.each(lambda: open_training_sources(config.data))
     this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
     tokenizer, folder = open_tokenizer(config, this, sources)
-    config = fit_heads(fit_vocabulary(config, tokenizer))
+    config = this.each(lambda: fit_heads(fit_vocabulary(config, tokenizer)))
     dtype = DTYPES[config.engine.dtype]
     pairs = this.each(lambda: open_pairs(config, this, sources, tokenizer, folder, accumulated, dtype))
     start = find_start(config, this, pairs.identity())

@@ -130,7 +130,7 @@ def open_pairs(
         data.backend, image_transform(data.transform, config.model.vision.image_size), world.device, dtype,
         threads=max(1, data.workers), max_batch=max(4, 2 * engine.micro_batch),
     )  # fmt: skip
-    cells = open_cells(goals, config.model)
+    cells = open_cells(goals, config.model.vision, backend.transform, world.device)
     loader = PretrainLoader(
         sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,
         accumulation=accumulation, negatives=goals.itm_negatives, seed=config.run.seed, workers=data.workers,
