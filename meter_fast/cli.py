@@ -37,11 +37,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example: size=tiny optim.lr=1e-4")
     train.set_defaults(run=run_training)
 
-    evaluate = commands.add_parser("evaluate", help="loss and accuracy of a model on held-out pairs")
+    evaluate = commands.add_parser("evaluate", help="scores of a model on held-out pairs or questions")
     evaluate.add_argument(
         "model", metavar="RUN_OR_EXPORT", type=Path, help="run directory, export folder or METER .ckpt"
     )
-    evaluate.add_argument("task", choices=["pretrain"], metavar="TASK", help="pretrain")
+    evaluate.add_argument("task", choices=["pretrain", "vqa"], metavar="TASK", help="pretrain or vqa")
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA data.val_split=test"
     )
@@ -116,7 +116,11 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     for objective, row in scores.items():
         if isinstance(row, dict) and "accuracy" in row:
             print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
-    print(f"split {scores['split']}, {scores['pairs']:,} pairs, skipped {scores['skipped'] or 'none'}")
+    for kind, row in scores.get("vqa", {}).items():
+        other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"
+        print(f"vqa {kind:<15}  score {100 * row['score']:.2f} %{other}  of {row['count']:,}")
+    noun = "questions" if "vqa" in scores else "pairs"
+    print(f"split {scores['split']}, {scores['pairs']:,} {noun}, skipped {scores['skipped'] or 'none'}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 

@@ -18,11 +18,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from meter_fast.models.config import CLASS_TOKENS, KernelsConfig, ModelConfig
-from meter_fast.models.vision_presets import PRESETS, VisionPreset
+from meter_fast.models.config import KernelsConfig, ModelConfig
 
 T = TypeVar("T")
-ENCODER = "model.vision.name"
+FINE_TUNING = ("vqa",)  # objectives with batches of their own; the others share pairs
 
 
 class ConfigError(ValueError):
@@ -38,10 +37,11 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of each source in a batch; empty = plain concatenation, as published
     val_sources: tuple[str, ...] = ()  # empty = no held-out evaluation
     val_split: str = "val"
+    answers: str = ""  # of visual question answering: JSON list, label 0 first; empty = as the tables name them
     val_pairs: int = 512  # held-out pairs scored at each evaluation, the first ones of the split's fixed order
     transform: Literal["clip", "imagenet", "vit"] = "clip"  # pixel values and alpha, as the encoder knows them
     backend: Literal["auto", "dali", "torchvision"] = "auto"
-    tokenizer: str = "roberta-base"  # hub name, local folder, or "trained": learnt from the captions
+    tokenizer: str = "roberta-base"  # hub name, local folder, "trained": learnt from the texts, or "init": of run.init
     max_text_length: int = 50  # tokens, specials included
     workers: int = 2  # loader threads per process; 0 = prepare in the training thread
     prefetch: int = 2  # optimizer steps prepared ahead
@@ -53,7 +53,7 @@ class DataConfig:
 class ObjectivesConfig:
     """What the model is trained on."""
 
-    names: tuple[Literal["mlm", "itm", "mim_in_batch", "mim_codes"], ...] = ("mlm", "itm")
+    names: tuple[Literal["mlm", "itm", "mim_in_batch", "mim_codes", "vqa"], ...] = ("mlm", "itm")
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
@@ -98,7 +98,8 @@ class RunOptions:
 
     dir: str = "runs/pretrain"
     seed: int = 0
-    max_steps: int = 100_000
+    max_steps: int = 100_000  # 0 = as many as run.max_epochs take
+    max_epochs: float = 0.0  # passes over the training data; 0 = run.max_steps tells
     log_every: int = 10
     eval_every: int = 0  # 0 = never
     picture_every: int = 0  # held-out picture with the model's fills for TensorBoard; 0 = never
@@ -179,23 +180,15 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 def override(config: T, assignments: Iterable[str]) -> T:
     """A copy of `config` with `assignments` ("optim.lr=1e-4", ...) applied in order and the result checked as a whole.
 
-    The name of a vision preset, model.vision.name=swin_b_384, is applied before all others: it sets all of
-    model.vision, and the data.transform of its weights.
-
     Raises ConfigError for text without "=", an unknown key (naming the nearest one) or a value of another type."""
     table = to_dict(config)
     known = flatten(config)
-    for text in sorted(assignments, key=lambda text: not text.startswith(f"{ENCODER}=")):
+    for text in assignments:
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"{text!r}: settings are written key=value")
         if key not in known:
             raise _unknown(key, list(known))
-        if key == ENCODER and value not in CLASS_TOKENS:
-            preset = _preset(value)
-            table["model"]["vision"] = to_dict(preset.config)
-            table["data"]["transform"] = preset.transform
-            continue
         *parents, last = key.split(".")
         target, kind = table, type(config)
         for parent in parents:
@@ -205,17 +198,6 @@ def override(config: T, assignments: Iterable[str]) -> T:
     if isinstance(changed, RunConfig):
         check(changed)
     return changed
-
-
-def _preset(name: str) -> VisionPreset:
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"{ENCODER}={name}: {guess}one of {', '.join(PRESETS)}, or, where all sizes are given, of "
-            f"{', '.join(CLASS_TOKENS)}"
-        )
-    return PRESETS[name]
 
 
 def describe(config: Any, width: int = 110) -> str:
@@ -276,7 +258,12 @@ def check(config: RunConfig) -> None:
          f"needs engine.zero=2 or 3, not {engine.zero}"),
         (not (engine.compile and engine.zero == 3), "engine.compile", engine.compile,
          "torch.compile does not go with the parameter hooks of engine.zero=3; use 0, 1 or 2"),
-        (run.max_steps >= 1, "run.max_steps", run.max_steps, "1 or more"),
+        (run.max_steps >= 1 or run.max_epochs > 0, "run.max_steps", run.max_steps, "1 or more, or give run.max_epochs"),
+        (run.max_steps >= 0 and not (run.max_steps and run.max_epochs), "run.max_steps", run.max_steps,
+         f"run.max_epochs={run.max_epochs} tells the length, too: set one of the two to 0"),
+        (math.isfinite(run.max_epochs) and run.max_epochs >= 0, "run.max_epochs", run.max_epochs, "0 or more"),
+        (len(objectives.names) == 1 or not set(objectives.names) & set(FINE_TUNING), "objectives.names",
+         ",".join(objectives.names), f"{', '.join(FINE_TUNING)} trains alone, on data of its own"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),
         (run.save_every >= 1, "run.save_every", run.save_every, "1 or more"),
         (run.keep_last >= 1, "run.keep_last", run.keep_last, "1 or more"),

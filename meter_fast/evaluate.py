@@ -12,23 +12,28 @@ from torch import Tensor, nn
 
 import meter_fast
 from meter_fast.config import DataConfig, RunConfig, from_dict, override
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.answers import Answers, names_in_tables, read_answers
+from meter_fast.data.batch import Batch
 from meter_fast.data.images import image_transform, open_backend
 from meter_fast.data.loader import EvaluationLoader
-from meter_fast.data.sources import PUBLISHED, open_sources
+from meter_fast.data.question_tables import open_questions
+from meter_fast.data.questions import QuestionAssembler, question_split_loader
+from meter_fast.data.sources import PUBLISHED, Sources, open_sources
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer
+from meter_fast.models.export import ANSWERS
 from meter_fast.models.files import read_json
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss
 from meter_fast.recipes import resolve
+from meter_fast.score_vqa import score_questions
 from meter_fast.training.masked_images import open_cells
 
 
 @torch.inference_mode()
 def evaluate_pretraining(
     model: nn.Module,
-    batches: Iterable[PretrainBatch],
+    batches: Iterable[Batch],
     device: torch.device | str,
     dtype: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -70,12 +75,14 @@ def evaluate_split(
 ) -> dict:
     """Score the model at `model_path` (run directory, export folder or METER .ckpt) on held-out pairs, on one process.
 
-    task: "pretrain". settings: "data.root=FOLDER" and the like, over the run's own or, for a model without a run, over
-    the recipe's; `held_out_names` says what is scored, of data.val_split. pairs: at most so many.
-    Returns `evaluate_pretraining`'s scores and {"split", "pairs", "skipped"}. Raises ValueError where something is
-    missing or does not fit.
+    task: "pretrain", or "vqa" (see `evaluate_questions`). settings: "data.root=FOLDER" and the like, over the run's own
+    or, for a model without a run, over the recipe's; `held_out_names` says what is scored, of data.val_split. pairs: at
+    most so many. Returns `evaluate_pretraining`'s scores and {"split", "pairs", "skipped"}. Raises ValueError where
+    something is missing or does not fit.
     """
     path = Path(model_path)
+    if task == "vqa":
+        return evaluate_questions(path, settings, pairs, device)
     model = meter_fast.load(path)
     config = override(_settings_of(path, task), settings)
     data, objectives = config.data, config.objectives
@@ -106,6 +113,57 @@ def evaluate_split(
         backend.close()
     count = len(sources) if pairs is None else min(pairs, len(sources))
     return {**scores, "split": said, "pairs": count, "skipped": dict(loader.skipped)}
+
+
+def evaluate_questions(path: Path, settings: Sequence[str], limit: int | None, device: str | None) -> dict:
+    """`evaluate_split` for visual question answering: {"vqa": `score_questions`'s scores, "split", "pairs", "skipped"}.
+
+    The label space is the model's own (answers.json), or data.answers; the tables' must agree with it.
+    """
+    model = meter_fast.load(path)
+    if model.vqa_head is None:
+        raise ValueError(f"{path} answers no questions (it has no vqa_head): fine-tune it first, "
+                         f"meter-fast train vqa run.init={path}")  # fmt: skip
+    config = override(_settings_of(path, "vqa"), settings)
+    data = config.data
+    if not data.val_sources:
+        raise ValueError("name held-out questions, for example data.val_sources=arrow:vqav2_val")
+    sources = open_questions(data.val_sources, data.root, data.val_split)
+    answers = _answers_of(path, model, data, sources)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(tokenizer_of(path, data.tokenizer))
+    check_vocabulary(model, tokenizer)
+    text = TextPipeline(tokenizer, min(data.max_text_length, model.config.text.max_length))
+    transform, batch = image_transform(data.transform, model.config.vision.image_size), config.engine.micro_batch
+    backend = open_backend(data.backend, transform, device, torch.float32, max_batch=batch)
+    try:
+        assembler = QuestionAssembler(
+            sources, text, backend, config.run.seed, len(answers), data.max_image_pixels, replace=False
+        )
+        loader = question_split_loader(
+            assembler, batch_size=batch, limit=limit, seed=config.run.seed, workers=data.workers,
+            max_bad_share=data.max_bad_share,
+        )  # fmt: skip
+        scores = score_questions(model.to(device), loader, answers, device)
+    finally:
+        backend.close()
+    count = len(sources) if limit is None else min(limit, len(sources))
+    return {"vqa": scores, "split": ", ".join(data.val_sources), "pairs": count, "skipped": dict(loader.skipped)}
+
+
+def _answers_of(path: Path, model: Meter, data: DataConfig, sources: Sources) -> Answers:
+    """The model's label space, checked against the tables. Raises ValueError where there is none or it is another."""
+    beside = next((folder / ANSWERS for folder in (path, path / "export") if (folder / ANSWERS).is_file()), None)
+    if data.answers or beside is not None:
+        answers = read_answers(data.answers or beside)
+    else:  # a published checkpoint knows numbers only; its label space is that of the published tables
+        answers = Answers((None,) * model.config.vqa_answers)
+    if len(answers) != model.config.vqa_answers:
+        raise ValueError(f"data.answers={data.answers}: {len(answers)} answers, the model has "
+                         f"{model.config.vqa_answers}: give the file that it was trained with")  # fmt: skip
+    found = names_in_tables(sources.tables)
+    answers.check(found, f"a table of {', '.join(data.val_sources)}")
+    return Answers(tuple(found.get(label, name) for label, name in enumerate(answers.names)))
 
 
 def held_out_names(data: DataConfig, split: str) -> tuple[tuple[str, ...], str]:

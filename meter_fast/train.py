@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from meter_fast.config import ConfigError, RunConfig, describe, to_dict
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import Batch
 from meter_fast.evaluate import evaluate_pretraining
 from meter_fast.interop import original_name
 from meter_fast.models.meter import Meter
@@ -32,9 +32,8 @@ from meter_fast.score import glimpse
 from meter_fast.training import banner, checkpoint, world
 from meter_fast.training.engine import DTYPES, Engine, accumulation
 from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, expect_progress, no_watchdog
-from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.monitor import Monitor
-from meter_fast.training.pairs import Pairs, fit_vocabulary, open_pairs, open_tokenizer, open_training_sources
+from meter_fast.training.pairs import Pairs, fit_length, fit_vocabulary, open_tokenizer
 from meter_fast.training.progress import Interval, News, exchange
 from meter_fast.training.record import StepRecord
 from meter_fast.training.resume import (
@@ -48,6 +47,7 @@ from meter_fast.training.resume import (
     restore,
     save,
 )
+from meter_fast.training.tasks import task_of
 from meter_fast.training.unreached import freeze_unreached
 from meter_fast.training.world import StoppedTogether, World
 
@@ -117,7 +117,7 @@ def fit(run: Run) -> int:
     return EXIT_DONE
 
 
-def advance(run: Run, step: int, batches: list[PretrainBatch], counts: dict[str, float]) -> StepRecord:
+def advance(run: Run, step: int, batches: list[Batch], counts: dict[str, float]) -> StepRecord:
     """One optimizer step. Whatever goes wrong in here is no mistake of the user's, so it keeps its stack."""
     try:
         return run.engine.step(step, batches, counts)
@@ -125,7 +125,7 @@ def advance(run: Run, step: int, batches: list[PretrainBatch], counts: dict[str,
         raise RuntimeError(f"step {step} failed") from error
 
 
-def fetch(steps: Iterator[list[PretrainBatch]]) -> tuple[list[PretrainBatch], ValueError | OSError | None]:
+def fetch(steps: Iterator[list[Batch]]) -> tuple[list[Batch], ValueError | OSError | None]:
     """The next step's micro-batches, or what went wrong: the others have to hear of it first."""
     try:
         return next(steps), None
@@ -193,7 +193,7 @@ def keep(run: Run, step: int, must_save: bool) -> None:
         path = save(run.engine.state, run.world, run.checkpoints, step, {**description, "skipped": run.skipped()})
         if best:
             folder = Path(options.dir) / "best"
-            export(run.engine.state, run.world, run.config.model, folder, run.pairs.tokenizer_folder)
+            write_model(run, folder)
             run.world.together(lambda: checkpoint.mark_best(run.checkpoints, step, score))
         if run.world.is_main:
             for line in checkpoint.prune(run.checkpoints, options.keep_last):
@@ -202,11 +202,11 @@ def keep(run: Run, step: int, must_save: bool) -> None:
 
 
 def evaluate(run: Run, step: int) -> float:
-    """Score the held-out pairs: the sum of the objectives' losses, lower is better."""
+    """Score the held-out pairs or questions. Returns what the best step is chosen by, lower is better."""
     expect_progress(run.config.run.hang_seconds)
     scores = evaluate_pretraining(run.engine.evaluated(), run.pairs.validation, run.world.device, run.engine.dtype)
     run.monitor.evaluation(step, scores)
-    return sum(part["loss"] for part in scores.values())
+    return task_of(run.config.objectives.names).loss(scores)
 
 
 def look(run: Run, step: int) -> None:
@@ -220,10 +220,16 @@ def look(run: Run, step: int) -> None:
         run.monitor.picture(step, seen.image, seen.caption, seen.words, seen.fills)
 
 
+def write_model(run: Run, folder: Path) -> None:
+    """Write the model as an export folder. Collective."""
+    pairs = run.pairs
+    export(run.engine.state, run.world, run.config.model, folder, pairs.tokenizer_folder, pairs.answers)
+
+
 def finish(run: Run) -> None:
     """Write the model for use elsewhere and say what to do next."""
     folder = Path(run.config.run.dir) / "export"
-    export(run.engine.state, run.world, run.config.model, folder, run.pairs.tokenizer_folder)
+    write_model(run, folder)
     described = describe_run(run.config, run.world, run.pairs.identity())
     facts = {
         "steps": run.config.run.max_steps,
@@ -236,7 +242,7 @@ def finish(run: Run) -> None:
     }
     run.monitor.record_run(facts)
     rows = [("done", f"{run.config.run.max_steps:,} steps"), ("model", str(folder))]
-    run.monitor.summary(rows, f"meter-fast report {run.config.run.dir}")
+    run.monitor.summary(rows, task_of(run.config.objectives.names).next_command.format(run=run.config.run.dir))
 
 
 # ---------------------------------------------------------------------------------------------------------- setting up
@@ -245,12 +251,14 @@ def finish(run: Run) -> None:
 def prepare(config: RunConfig, this: World) -> Run:
     """Open data, model and engine, and show the banner. Collective; raises ValueError or OSError with the remedy."""
     accumulated = accumulation(config.engine.global_batch, config.engine.micro_batch, this.size)
-    sources = this.each(lambda: open_training_sources(config.data))
+    task = task_of(config.objectives.names)
+    sources = this.each(lambda: task.open_sources(config.data))
     this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
     tokenizer, folder = open_tokenizer(config, this, sources)
-    config = this.each(lambda: fit_heads(fit_vocabulary(config, tokenizer)))
+    read = fit_length(fit_vocabulary(config, tokenizer), len(sources))
+    config, answers = this.each(lambda: task.fit(read, sources))
     dtype = DTYPES[config.engine.dtype]
-    pairs = this.each(lambda: open_pairs(config, this, sources, tokenizer, folder, accumulated, dtype))
+    pairs = this.each(lambda: task.open_data(config, this, sources, tokenizer, folder, accumulated, dtype, answers))
     start = find_start(config, this, pairs.identity())
     torch.manual_seed(config.run.seed)
     module = this.each(lambda: build(config, this, start))

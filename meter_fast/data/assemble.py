@@ -1,66 +1,27 @@
-"""One micro-batch from the numbers of its samples: read, check, replace the bad, tokenise, mask, decode, pair for ITM.
+"""One micro-batch from the numbers of its samples: chosen (samples.py), tokenised, masked, paired for ITM.
 
 Knows one sample source, one text pipeline, one image back end. Knows nothing of steps, ranks or threads: a micro-batch
 is a pure function of (seed, sample numbers, stream positions), so every division of a global batch gives the same
 pairs, masks, labels and replacements.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.data.cell_masking import CellMasking
-from meter_fast.data.image_check import DEFAULT_MAX_PIXELS, BadImage, check_image
-from meter_fast.data.images import BatchDecodeError, ImageBackend
+from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
+from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import mix
+from meter_fast.data.samples import Chosen, DecodeFailed, Prepared, SampleReader, Skip
 from meter_fast.data.sources import Sources
-from meter_fast.data.tables import Sample
-from meter_fast.data.text import BadCaption, TextPipeline, check_caption
+from meter_fast.data.text import TextPipeline
 
 NEGATIVES = ("batch", "dataset")
-BAD_IN_A_ROW = 100  # so many unusable samples one after another are no bad luck but a broken data set or set-up
-ATTEMPTS = 10 * BAD_IN_A_ROW  # draws of a replacement, those included that show the partner's picture
-
-# What a random number is for: each purpose has its own stream.
-_REPLACE, _COIN, _FALSE_PICTURE, _MASK, _HIDE_CELLS = 1, 2, 3, 4, 6  # 5: the order of held-out splits
-
-
-class BadDataError(ValueError):
-    """Too many samples cannot be used: causes, counts and the first names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A sample that was not used: why, and which (with the decoder's or check's own words)."""
-
-    cause: str
-    name: str
-
-
-@dataclass
-class Prepared:
-    """A micro-batch, or None when none of its samples could be used, and what was skipped while making it."""
-
-    batch: PretrainBatch | None
-    skips: list[Skip] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """A sample that passed the checks of its bytes and its caption."""
-
-    index: int
-    picture: int
-    image: np.ndarray
-    text: str
-
-
-class _DecodeFailed(Exception):
-    """Some chosen pictures turned out undecodable (they are noted): choose again."""
+# What a random number is for: each purpose has its own stream (1 is REPLACE of samples.py, 5 orders held-out splits).
+_COIN, _FALSE_PICTURE, _MASK, _HIDE_CELLS = 2, 3, 4, 6
 
 
 class Assembler:
@@ -86,10 +47,9 @@ class Assembler:
     ):
         if negatives not in NEGATIVES:
             raise ValueError(f"objectives.itm_negatives={negatives!r}: choose one of {', '.join(NEGATIVES)}")
-        self.sources, self.text, self.images = sources, text, images
-        self.seed, self.negatives, self.replace = seed, negatives, replace
-        self.max_image_pixels, self.cells = max_image_pixels, cells
-        self._undecodable: dict[int, Skip] = {}  # found by decoding; kept, so that one picture costs a batch only once
+        self.sources, self.text, self.cells = sources, text, cells
+        self.seed, self.negatives = seed, negatives
+        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace)
 
     def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared:
         """samples [m] int64; positions [m] int64, ascending: their places in the endless stream, which key all chances.
@@ -106,9 +66,9 @@ class Assembler:
             labels, partners = self._pairing(positions[kept])
             false = [self._false_picture(p, skips) for p in self._without_match(positions[kept], labels)]
             try:
-                images = self._decode(chosen)
-                false_images = self._decode(false) if false else None
-            except _DecodeFailed:
+                images = self._reader.decode(chosen)
+                false_images = self._reader.decode(false) if false else None
+            except DecodeFailed:
                 continue
             fields = self._texts(chosen, positions[kept])
             if self.cells is not None:
@@ -128,81 +88,20 @@ class Assembler:
 
     # ------------------------------------------------------------------------------------ choosing and replacing
 
-    def _choose(self, samples: np.ndarray, skips: list[Skip]) -> list[_Chosen | None]:
+    def _choose(self, samples: np.ndarray, skips: list[Skip]) -> list[Chosen | None]:
         """Each sample, or what takes its place. Within a pair a replacement never shows the partner's picture."""
         pictures = self.sources.image_ids(samples).tolist()
-        chosen: list[_Chosen | None] = []
+        chosen: list[Chosen | None] = []
         for place, index in enumerate(samples.tolist()):
             partner = place ^ 1
             taken = None
             if partner < len(pictures) and self.negatives == "batch":
                 taken = pictures[partner]
-            sample = self._usable(index, pictures[place], taken, skips)
+            sample = self._reader.usable(index, pictures[place], taken, skips)
             if sample is not None:
                 pictures[place] = sample.picture
             chosen.append(sample)
         return chosen
-
-    def _usable(
-        self, index: int, picture: int, taken: int | None, skips: list[Skip], captioned: bool = True
-    ) -> _Chosen | None:
-        """The sample, or the first of its replacements that is good: a pure function of (seed, index) and `taken`."""
-        found = self._check(index, captioned)
-        if not isinstance(found, Skip):
-            return _Chosen(index, picture, *found)
-        skips.append(found)
-        if not self.replace:
-            return None
-        row = [found]
-        for candidate in self._draws(_REPLACE, index):
-            picture = int(self.sources.image_ids(np.array([candidate]))[0])
-            if picture == taken:
-                continue
-            found = self._check(candidate, captioned)
-            if not isinstance(found, Skip):
-                return _Chosen(candidate, picture, *found)
-            skips.append(found)
-            row.append(found)
-            if len(row) == BAD_IN_A_ROW:
-                break
-        raise BadDataError(describe_skips(f"{len(row)} samples in a row could not be used", row))
-
-    def _draws(self, purpose: int, number: int) -> list[int]:
-        """Samples drawn uniformly for one purpose and one number, attempt after attempt."""
-        drawn = mix((self.seed, purpose, number), np.arange(ATTEMPTS)) % np.uint64(len(self.sources))
-        return drawn.astype(np.int64).tolist()
-
-    def _check(self, index: int, captioned: bool) -> tuple[np.ndarray, str] | Skip:
-        """The encoded picture and the caption of a sample that can be used; else why it cannot."""
-        known = self._undecodable.get(index)
-        if known is not None:
-            return known
-        sample = self.sources.read(index)
-        try:
-            check_image(sample.image, self.max_image_pixels)
-            return sample.image, check_caption(sample.text) if captioned else ""
-        except (BadImage, BadCaption) as error:
-            return _skip(sample, error)
-
-    def _decode(self, chosen: Sequence[_Chosen]) -> torch.Tensor:
-        """[n,3,S,S]. When the batch fails, each picture is decoded alone to find those at fault."""
-        encoded = [sample.image for sample in chosen]
-        try:
-            return self.images.decode(encoded)
-        except BatchDecodeError:
-            pictures, failed = [], False
-            for sample in chosen:
-                try:
-                    pictures.append(self.images.decode_one(sample.image))
-                except BadImage as error:
-                    self._undecodable[sample.index] = _skip(self.sources.read(sample.index), error)
-                    failed = True
-            if failed:
-                raise _DecodeFailed from None
-            self.images.host_decoded["picture of a failed batch"] += len(
-                pictures
-            )  # the CPU back end could read them all
-            return torch.stack(pictures)
 
     # ------------------------------------------------------------------------------------ image-text matching
 
@@ -231,15 +130,15 @@ class Assembler:
         """Positions that need a picture from the data set."""
         return positions[labels == 0].tolist() if self.negatives == "dataset" else []
 
-    def _false_picture(self, position: int, skips: list[Skip]) -> _Chosen:
+    def _false_picture(self, position: int, skips: list[Skip]) -> Chosen:
         """A picture drawn for one position; of a bad one, its replacement."""
-        index = self._draws(_FALSE_PICTURE, position)[0]
+        index = self._reader.draws(_FALSE_PICTURE, position)[0]
         picture = int(self.sources.image_ids(np.array([index]))[0])
-        return self._usable(index, picture, None, skips, captioned=False)
+        return self._reader.usable(index, picture, None, skips, captioned=False)
 
     # ------------------------------------------------------------------------------------ text
 
-    def _texts(self, chosen: Sequence[_Chosen], positions: np.ndarray) -> dict[str, torch.Tensor]:
+    def _texts(self, chosen: Sequence[Chosen], positions: np.ndarray) -> dict[str, torch.Tensor]:
         """Token ids, mask, and what MLM hides, of a micro-batch."""
         ids = self.text.encode([sample.text for sample in chosen])
         chance = _PositionRandom(self.seed, _MASK)
@@ -273,18 +172,3 @@ class _PositionRandom:
         self._start["state"]["counter"][:] = (0, 0, position, 0)
         self._bits.state = self._start
         return self._generator
-
-
-def _skip(sample: Sample, error: BadImage | BadCaption) -> Skip:
-    detail = f" ({error.detail})" if error.detail else ""
-    return Skip(error.cause, f"{sample.name}{detail}")
-
-
-def describe_skips(what: str, skips: Sequence[Skip]) -> str:
-    """A message: what happened, how often each cause, and the first names."""
-    counts = Counter(skip.cause for skip in skips)
-    causes = []
-    for cause, count in counts.most_common():
-        first = [skip.name for skip in skips if skip.cause == cause][:3]
-        causes.append(f"{cause}: {count}, first {', '.join(first)}")
-    return f"{what}. {'; '.join(causes)}"

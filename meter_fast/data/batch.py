@@ -1,8 +1,8 @@
-"""What a pre-training micro-batch holds.
+"""What a micro-batch holds, of pre-training and of visual question answering.
 
 Knows the shapes and types that the loader fills and the objectives read. Knows nothing of files, models or devices
-beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and
-W pixels, G cells of a picture along one side.
+beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and W pixels,
+N distinct pictures, A answers, G cells of a picture along one side.
 """
 
 from dataclasses import dataclass, fields
@@ -63,3 +63,41 @@ class PretrainBatch:
                 value = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
             moved[field.name] = value
         return PretrainBatch(**moved)
+
+
+@dataclass(frozen=True)
+class VqaBatch:
+    """One micro-batch of questions about pictures. Each picture is there once, however many ask about it.
+
+    images         [N,3,H,W] float, normalised pixels
+    image_rows     [B] int64, the picture that each question asks about, a row of `images`
+    text_ids       [B,L] int64, the questions, padded with the tokenizer's padding id
+    text_mask      [B,L] bool, True on real tokens
+    targets        [B,A] float32, the score of each answer, 0 to 1; all 0 where a question has none
+    question_ids   [B] int64, as in the tables
+    sample_ids     [B] int64, which samples these are, after the replacement of bad ones
+    text_rows      [T] int64, the real tokens as rows of a [B*L] view, ascending, or None
+    """
+
+    images: Tensor
+    image_rows: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    targets: Tensor
+    question_ids: Tensor
+    sample_ids: Tensor
+    text_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        """B, the number of questions."""
+        return self.text_ids.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "VqaBatch":
+        """The same batch on `device`; only pictures take `dtype`."""
+        moved = {
+            name: value if value is None else value.to(device, non_blocking=True) for name, value in vars(self).items()
+        }
+        return VqaBatch(**{**moved, "images": moved["images"].to(dtype)})
+
+
+Batch = PretrainBatch | VqaBatch

@@ -1,26 +1,26 @@
 """Micro-batches for training and for evaluation, prepared ahead by threads.
 
-Knows who takes which samples (order.py) and how one micro-batch is made (assemble.py); adds threads, the count of
-skipped samples and the stop when there are too many. Nothing here depends on how many threads there are: each
-micro-batch is made on its own, delivered in order, and counted when it is delivered.
+Knows who takes which samples (order.py) and who makes a micro-batch (assemble.py); adds threads, the count of skipped
+samples and the stop when there are too many. Nothing here depends on how many threads there are: each micro-batch is
+made on its own, delivered in order, and counted when it is delivered.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from meter_fast.data.assemble import Assembler, BadDataError, Prepared, describe_skips
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.assemble import Assembler
 from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices, part_pairs, permute
+from meter_fast.data.samples import BadDataError, Prepared, describe_skips
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 
@@ -65,16 +65,92 @@ class SkipCount:
             )
 
 
-class PretrainLoader:
-    """The micro-batches of one rank, step after step.
+class MicroBatches(Protocol):
+    """Makes a micro-batch of samples [m] int64 at positions [m] int64 of the stream: a pure function of both."""
 
-    rank, world, micro_batch, accumulation: must divide order's global batch (micro_slices). workers: threads; 0
+    def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared: ...
+
+
+class TrainingLoader:
+    """The micro-batches of one rank, step after step, of any task.
+
+    slices: the positions of the global batch that are this rank's, one for each micro-batch. workers: threads; 0
     prepares in the caller. prefetch: optimizer steps prepared ahead (each is `accumulation` micro-batches in memory),
-    at least 1. max_image_pixels: larger pictures count as bad. max_bad_share: stop when more samples than this are bad.
-    cells: for masked image modelling.
+    at least 1. max_bad_share: stop when more samples than this are bad.
 
     wait_seconds: time that the caller spent waiting for data, in all. seen, skipped, skip_examples: see SkipCount.
-    Raises OrderError or ValueError for numbers that do not fit together.
+    Raises ValueError for numbers that do not fit together.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        assembler: MicroBatches,
+        slices: Sequence[slice],
+        workers: int = 2,
+        prefetch: int = 2,
+        max_bad_share: float = 0.01,
+    ):
+        if workers < 0 or prefetch < 1:
+            raise ValueError(f"data.workers={workers}, data.prefetch={prefetch}: give at least 0 workers and 1 step")
+        self.slices = slices
+        self.order = order
+        self._samples = lru_cache(prefetch + 2)(order.batch)  # a step's micro-batches share its global batch
+        self.workers, self.prefetch = workers, prefetch
+        self.wait_seconds = 0.0
+        self._assembler = assembler
+        self._count = SkipCount(max_bad_share)
+
+    @property
+    def accumulation(self) -> int:
+        """A, micro-batches per optimizer step and rank."""
+        return len(self.slices)
+
+    @property
+    def seen(self) -> int:
+        """Samples delivered so far."""
+        return self._count.seen
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Samples skipped so far, by cause."""
+        return self._count.skipped
+
+    @property
+    def skip_examples(self) -> dict[str, list[str]]:
+        """The first names of skipped samples, by cause."""
+        return self._count.examples
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Any]]:
+        """The micro-batches [A] of the optimizer steps start..stop-1; nothing before `start` is read.
+
+        Errors of the threads come up here, in their place in the order. Closing the iterator ends the threads.
+        """
+        tasks = ((step, at) for step in range(start, stop) for at in self.slices)
+        prepared = run_ahead(tasks, self._prepare, self.workers, self.prefetch * self.accumulation)
+        try:
+            for _ in range(start, stop):
+                began = time.perf_counter()
+                parts = list(islice(prepared, self.accumulation))
+                self.wait_seconds += time.perf_counter() - began
+                for part in parts:
+                    self._count.add(part)
+                yield [part.batch for part in parts]
+        finally:
+            prepared.close()
+
+    def _prepare(self, task: tuple[int, slice]) -> Prepared:
+        step, at = task
+        positions = np.arange(at.start, at.stop, dtype=np.int64)
+        return self._assembler.micro_batch(self._samples(step)[at], positions + step * self.order.global_batch)
+
+
+class PretrainLoader(TrainingLoader):
+    """The micro-batches of (picture, caption) pairs of one rank.
+
+    rank, world, micro_batch, accumulation: must divide order's global batch (micro_slices). max_image_pixels: larger
+    pictures count as bad. cells: for masked image modelling. The rest: see TrainingLoader. Raises OrderError or
+    ValueError for numbers that do not fit.
     """
 
     def __init__(
@@ -100,69 +176,70 @@ class PretrainLoader:
             raise OrderError(
                 "objectives.itm_negatives=batch needs an order that was made with image_ids=sources.image_ids"
             )
-        if workers < 0 or prefetch < 1:
-            raise ValueError(f"data.workers={workers}, data.prefetch={prefetch}: give at least 0 workers and 1 step")
-        self.slices = micro_slices(order.global_batch, world, micro_batch, rank, accumulation, negatives == "batch")
-        self.order = order
-        self._samples = lru_cache(prefetch + 2)(order.batch)  # a step's micro-batches share its global batch
-        self.workers, self.prefetch = workers, prefetch
-        self.wait_seconds = 0.0
-        self._assembler = Assembler(sources, text, images, seed, negatives, max_image_pixels, cells=cells)
+        slices = micro_slices(order.global_batch, world, micro_batch, rank, accumulation, negatives == "batch")
+        assembler = Assembler(sources, text, images, seed, negatives, max_image_pixels, cells=cells)
+        super().__init__(order, assembler, slices, workers, prefetch, max_bad_share)
+
+
+class SplitLoader:
+    """Every sample of a split once, batch after batch, of any task; iterate it as often as you like.
+
+    samples [n] int64; shares: the positions 0..n-1 of each batch, which also key what the assembler draws. skipped,
+    skip_examples: of the latest pass.
+    """
+
+    def __init__(
+        self,
+        samples: np.ndarray,
+        shares: Sequence[np.ndarray],
+        assembler: MicroBatches,
+        workers: int = 0,
+        max_bad_share: float = 0.01,
+    ):
+        self._samples, self._shares, self._assembler = samples, shares, assembler
+        self._workers, self._max_bad_share = workers, max_bad_share
         self._count = SkipCount(max_bad_share)
 
-    @property
-    def accumulation(self) -> int:
-        """A, micro-batches per optimizer step and rank."""
-        return len(self.slices)
-
-    @property
-    def seen(self) -> int:
-        """Samples delivered so far."""
-        return self._count.seen
+    def __len__(self) -> int:
+        """Number of batches, the same on every rank."""
+        return len(self._shares)
 
     @property
     def skipped(self) -> Counter[str]:
-        """Samples skipped so far, by cause."""
+        """Samples left out in the latest pass, by cause."""
         return self._count.skipped
 
     @property
     def skip_examples(self) -> dict[str, list[str]]:
-        """The first names of skipped samples, by cause."""
+        """The first names of samples left out, by cause."""
         return self._count.examples
 
-    def steps(self, start: int, stop: int) -> Iterator[list[PretrainBatch]]:
-        """The micro-batches [A] of the optimizer steps start..stop-1; nothing before `start` is read.
-
-        Errors of the threads come up here, in their place in the order. Closing the iterator ends the threads.
-        """
-        tasks = ((step, at) for step in range(start, stop) for at in self.slices)
-        prepared = run_ahead(tasks, self._prepare, self.workers, self.prefetch * self.accumulation)
+    def __iter__(self) -> Iterator[Any]:
+        """Raises BadDataError when too many samples are bad, or all of one batch."""
+        self._count = SkipCount(self._max_bad_share)
+        prepared = run_ahead(self._shares, self._prepare, self._workers, 2)
         try:
-            for _ in range(start, stop):
-                began = time.perf_counter()
-                parts = list(islice(prepared, self.accumulation))
-                self.wait_seconds += time.perf_counter() - began
-                for part in parts:
-                    self._count.add(part)
-                yield [part.batch for part in parts]
+            for part in prepared:
+                self._count.add(part)
+                if part.batch is None:
+                    raise BadDataError(describe_skips("no sample of an evaluation batch could be used", part.skips))
+                yield part.batch
         finally:
             prepared.close()
 
-    def _prepare(self, task: tuple[int, slice]) -> Prepared:
-        step, at = task
-        positions = np.arange(at.start, at.stop, dtype=np.int64)
-        return self._assembler.micro_batch(self._samples(step)[at], positions + step * self.order.global_batch)
+    def _prepare(self, positions: np.ndarray) -> Prepared:
+        return self._assembler.micro_batch(self._samples[positions], positions)
 
 
-class EvaluationLoader:
-    """Every sample of a split once, in one fixed order, for evaluation; iterate it as often as you like.
+class EvaluationLoader(SplitLoader):
+    """Every pair of a split once, in one fixed order, for evaluation.
 
     The order is a permutation that depends on the seed alone, so `limit` samples are a fair draw, and neighbours are
     ITM pairs of different pictures (all negatives come from the batch). Each rank gets the same number of batches, of
     at most batch_size samples (but see evaluation_shares). A bad sample is left out and counted, never replaced; its
     partner then matches.
 
-    skipped, skip_examples: of the latest pass. Raises OrderError when ranks would be left without samples.
+    Raises OrderError when ranks would be left without samples.
     """
 
     def __init__(
@@ -185,41 +262,9 @@ class EvaluationLoader:
         samples = permute(np.arange(count), len(sources), (seed, _EVALUATION))
         even = count - count % 2
         samples[:even] = part_pairs(samples[:even], sources.image_ids(samples[:even]), 0)
-        self._tasks = evaluation_shares(count, batch_size, rank, world)
-        self._samples = samples
-        self._assembler = Assembler(sources, text, images, seed, "batch", max_image_pixels, False, cells)
-        self._workers, self._max_bad_share = workers, max_bad_share
-        self._count = SkipCount(max_bad_share)
-
-    def __len__(self) -> int:
-        """Number of batches, the same on every rank."""
-        return len(self._tasks)
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Samples left out in the latest pass, by cause."""
-        return self._count.skipped
-
-    @property
-    def skip_examples(self) -> dict[str, list[str]]:
-        """The first names of samples left out, by cause."""
-        return self._count.examples
-
-    def __iter__(self) -> Iterator[PretrainBatch]:
-        """Raises BadDataError when too many samples are bad, or all of one batch."""
-        self._count = SkipCount(self._max_bad_share)
-        prepared = run_ahead(self._tasks, self._prepare, self._workers, 2)
-        try:
-            for part in prepared:
-                self._count.add(part)
-                if part.batch is None:
-                    raise BadDataError(describe_skips("no sample of an evaluation batch could be used", part.skips))
-                yield part.batch
-        finally:
-            prepared.close()
-
-    def _prepare(self, positions: np.ndarray) -> Prepared:
-        return self._assembler.micro_batch(self._samples[positions], positions)
+        shares = evaluation_shares(count, batch_size, rank, world)
+        assembler = Assembler(sources, text, images, seed, "batch", max_image_pixels, False, cells)
+        super().__init__(samples, shares, assembler, workers, max_bad_share)
 
 
 _EVALUATION = 5  # purpose of the permutation of a held-out split

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,10 +63,10 @@ SPLITS = ("train", "val", "test")
 
 @dataclass
 class Source:
-    """One opened source: its pairs, and what was and was not found on opening it."""
+    """One opened source: its pairs (or questions), and what was and was not found on opening it."""
 
     name: str
-    pairs: ArrowCaptions | TarCaptions
+    pairs: Any
     missing: list[str] = field(default_factory=list)
 
     def coverage(self) -> dict:
@@ -77,6 +78,8 @@ class Source:
             "captions": len(self.pairs),
             "duplicates": self.pairs.duplicates,
             "missing": self.missing,
+            "texts": getattr(self.pairs, "texts", "captions"),
+            "unanswered": getattr(self.pairs, "left_out", 0),
             "problems": {name: dict(found) for name, found in getattr(self.pairs, "problems", {}).items()},
         }
 
@@ -99,6 +102,11 @@ class Sources:
 
     def __len__(self) -> int:
         return self._first[-1]
+
+    @property
+    def tables(self) -> list[Any]:
+        """What each source reads from, in order."""
+        return [source.pairs for source in self._sources]
 
     def read(self, index: int) -> Sample:
         """Sample `index`. Raises IndexError outside 0..len-1."""
@@ -173,7 +181,7 @@ def _open(name: str, root: Path, split: str) -> Source | None:
     kind, colon, what = name.partition(":")
     if colon and kind == "arrow":
         stems = [stem.strip() for stem in what.split(",")]
-        return Source(name, ArrowCaptions(_tables(name, stems, stems, root)))
+        return Source(name, ArrowCaptions(find_tables(name, stems, stems, root)))
     if colon and kind == "shards":
         return Source(name, TarCaptions(find_shards(what, root)))
     if name not in PUBLISHED:
@@ -182,12 +190,12 @@ def _open(name: str, root: Path, split: str) -> Source | None:
     published = PUBLISHED[name].get(split)
     if published is None:
         return None
-    files = _tables(name, published.names, published.required, root)
+    files = find_tables(name, published.names, published.required, root)
     there = {file.stem for file in files}
     return Source(name, ArrowCaptions(files), [f"{stem}.arrow" for stem in published.names if stem not in there])
 
 
-def _tables(name: str, stems: Sequence[str], required: Sequence[str], root: Path) -> list[Path]:
+def find_tables(name: str, stems: Sequence[str], required: Sequence[str], root: Path) -> list[Path]:
     """The files of `stems` that are there; all of `required` must be, and at least one."""
     files = [root / (stem if stem.endswith(".arrow") else f"{stem}.arrow") for stem in stems]
     found = [file for file in files if file.is_file()]

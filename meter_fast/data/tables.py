@@ -9,7 +9,7 @@ it is mapped ends the process (SIGBUS): replace files by renaming a new one over
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Sample:
     name: str
 
 
-class _Bytes:
+class BinaryColumn:
     """A binary or string column of one record batch: its byte strings as views."""
 
     def __init__(self, array: pa.Array):
@@ -56,12 +56,10 @@ class _Batch:
     """One record batch: the pictures, and for each its run of captions."""
 
     def __init__(self, image: pa.Array, caption: pa.Array):
-        self.image = _Bytes(image)
-        kind = np.dtype(np.int64 if pa.types.is_large_list(caption.type) else np.int32)
-        first = _view(caption.buffers()[1], kind)
-        self.first = first[caption.offset : caption.offset + len(caption) + 1]
+        self.image = BinaryColumn(image)
+        self.first = run_starts(caption)
         self.captions = caption.values
-        self.text = _Bytes(self.captions)
+        self.text = BinaryColumn(self.captions)
 
     def check(self, where: str) -> None:
         """Offsets that go backwards or leave the batch would read foreign bytes: refuse them before any use."""
@@ -70,9 +68,7 @@ class _Batch:
             ("caption", self.first, len(self.captions)),
             ("caption (its strings)", self.text.offsets, self.text.data.size),
         )
-        for column, offsets, end in columns:
-            if offsets.size and (offsets[0] < 0 or offsets[-1] > end or _descends(offsets)):
-                raise TableError(f"{where}: damaged offsets in column {column}; copy the file again")
+        check_offsets(columns, where)
 
     def duplicates(self) -> np.ndarray:
         """Places [n] int64 of captions that repeat an earlier caption of the same picture, counted from the batch's
@@ -95,6 +91,13 @@ class _Batch:
             found.append(np.sort(again) + (begin - int(self.first[0])))
             row = stop
         return np.concatenate(found)
+
+
+def check_offsets(columns: Iterable[tuple[str, np.ndarray, int]], where: str) -> None:
+    """Raise TableError for offsets of a column, (name, offsets [n+1], what they must not exceed), that lead astray."""
+    for column, offsets, end in columns:
+        if offsets.size and (offsets[0] < 0 or offsets[-1] > end or _descends(offsets)):
+            raise TableError(f"{where}: damaged offsets in column {column}; copy the file again")
 
 
 class ArrowCaptions:
@@ -169,8 +172,12 @@ class ArrowCaptions:
         return indices + np.searchsorted(self._kept_before, indices, side="right")
 
 
-def _open_batches(file: Path) -> list[_Batch]:
-    """The record batches of one table that hold rows, checked."""
+def open_record_batches(file: Path, fits: Callable[[Path, pa.Schema], bool]) -> Iterator[pa.RecordBatch]:
+    """The record batches of one table that hold rows, mapped.
+
+    fits: False for a table without rows or types, raises TableError for columns that are not those wanted. Raises
+    TableError for a file that is damaged, incomplete or compressed.
+    """
     try:
         mapped = pa.memory_map(str(file), "r")
         schema = pa.ipc.open_file(mapped).schema
@@ -178,12 +185,11 @@ def _open_batches(file: Path) -> list[_Batch]:
         raise TableError(
             f"{file}: not a complete Arrow IPC file ({error}); copy it again, or write it with pyarrow.ipc.new_file"
         ) from None
-    if not all([_has_type(file, schema, "image"), _has_type(file, schema, "caption")]):
-        return []
+    if not fits(file, schema):
+        return
     reader = pa.ipc.open_file(mapped)  # all columns: asking for some of them (included_fields) makes pyarrow copy
     mapped.seek(0)
     whole = mapped.read_buffer(mapped.size())
-    batches = []
     for number in range(reader.num_record_batches):
         try:
             table = reader.get_batch(number)
@@ -192,11 +198,22 @@ def _open_batches(file: Path) -> list[_Batch]:
             raise TableError(f"{file}: record batch {number} is damaged ({error}); copy the file again") from None
         if table.num_rows == 0:
             continue
+        _refuse_compressed(file, table.column("image"), whole)
+        yield table
+
+
+def _open_batches(file: Path) -> list[_Batch]:
+    """The record batches of a caption table that hold rows, checked."""
+    batches = []
+    for number, table in enumerate(open_record_batches(file, _is_caption_table)):
         batch = _Batch(table.column("image"), table.column("caption"))
-        _refuse_compressed(file, batch, whole)
         batch.check(f"{file}, record batch {number}")
         batches.append(batch)
     return batches
+
+
+def _is_caption_table(file: Path, schema: pa.Schema) -> bool:
+    return all([_has_type(file, schema, "image"), _has_type(file, schema, "caption")])
 
 
 def _has_type(file: Path, schema: pa.Schema, name: str) -> bool:
@@ -219,14 +236,20 @@ def _has_type(file: Path, schema: pa.Schema, name: str) -> bool:
     return True
 
 
-def _refuse_compressed(file: Path, batch: _Batch, whole: pa.Buffer) -> None:
+def _refuse_compressed(file: Path, image: pa.Array, whole: pa.Buffer) -> None:
     """Compressed buffers are unpacked into memory, batch after batch: the whole table would end up there."""
-    address = batch.image.offsets.ctypes.data
+    address = image.buffers()[1].address
     if not whole.address <= address < whole.address + whole.size:
         raise TableError(
             f"{file}: compressed, so it cannot be mapped and would fill the memory; "
             "write it without compression (pyarrow.ipc.new_file, or feather with compression='uncompressed')"
         )
+
+
+def run_starts(lists: pa.Array) -> np.ndarray:
+    """Where each list of a column of n lists starts among `lists.values`, and where the last ends: [n+1], a view."""
+    kind = np.dtype(np.int64 if pa.types.is_large_list(lists.type) else np.int32)
+    return _view(lists.buffers()[1], kind)[lists.offset : lists.offset + len(lists) + 1]
 
 
 def _view(buffer: pa.Buffer | None, kind: np.dtype) -> np.ndarray:

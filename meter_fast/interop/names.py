@@ -42,8 +42,21 @@ HEADS = {
     "mlm_head.decoder.bias": "mlm_score.bias",
     "itm_head.weight": "itm_score.fc.weight",
     "itm_head.bias": "itm_score.fc.bias",
+    **{
+        f"vqa_head.{ours}.{kind}": f"vqa_classifier.{theirs}.{kind}"
+        for ours, theirs in (("dense", 0), ("norm", 1), ("out", 3))
+        for kind in ("weight", "bias")
+    },
+    **{
+        f"{head}_head.{part}{kind}": f"{head}_score.{part}{kind}"
+        for head, parts in (("mim_in_batch", ("dense.", "norm.", "cell.", "cell_norm.")), ("mim_codes", ("",)))
+        for part in parts
+        for kind in ("weight", "bias")
+    },
 }
-UNPUBLISHED_HEADS = {"mim_in_batch_head.": "mim_in_batch_score.", "mim_codes_head.": "mim_codes_score."}
+
+
+HEAD_NAMES = tuple(sorted({name.split(".")[0] + "." for name in HEADS.values()}))
 
 
 def original_names(name: str) -> tuple[str, ...]:
@@ -65,8 +78,6 @@ def original_names(name: str) -> tuple[str, ...]:
         found = _fusion_names(rest)
     elif name in HEADS:
         found = (HEADS[name],)
-    elif f"{top}." in UNPUBLISHED_HEADS:
-        found = (UNPUBLISHED_HEADS[f"{top}."] + rest,)
     if not found:
         raise ValueError(f"{name!r} is no parameter of a METER model")
     return found

@@ -141,7 +141,12 @@ def _build(
         model = Meter(config, load_weights=False)
     left = dict(state)
     aside = NEVER_COMPUTED + OTHER_TASKS
-    unused = {name: left.pop(name) for name in state if name.startswith(aside) or name.endswith(WINDOW_BUFFERS)}
+    own_names = {theirs for name in model.state_dict() for theirs in original_names(name)}
+    unused = {
+        name: left.pop(name)
+        for name in state
+        if name not in own_names and (name.startswith(aside) or name.endswith(WINDOW_BUFFERS))
+    }
     matched, missing, problems = [], [], []
     values: dict[str, Tensor] = {}
     resized: list[tuple[str, int, int]] = []

@@ -25,6 +25,7 @@ WORDS = "text_transformer.embeddings.word_embeddings.weight"
 TEXT_POSITIONS = "text_transformer.embeddings.position_embeddings.weight"
 TEXT_TYPES = "text_transformer.embeddings.token_type_embeddings.weight"
 TEXT_FFN = "text_transformer.encoder.layer.0.intermediate.dense.weight"
+VQA_OUT = "vqa_classifier.3.bias"
 NEEDED = (
     WORDS,
     TEXT_POSITIONS,
@@ -78,6 +79,7 @@ def infer_config(
         itm_head=any(key.startswith("itm_score.") for key in state),
         mim_in_batch_head=any(key.startswith("mim_in_batch_score.") for key in state),
         mim_codes_head=len(state["mim_codes_score.weight"]) if "mim_codes_score.weight" in state else 0,
+        vqa_answers=len(state.get(VQA_OUT, ())),
     )
 
 

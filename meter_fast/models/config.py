@@ -174,6 +174,7 @@ class ModelConfig:
     """A whole model; `mlm_head`, `itm_head`, ... say which pre-training heads it has. mim_codes_head: number of codes
     of the image tokenizer, 0 for no head.
 
+    vqa_answers: answers that the head of visual question answering chooses from (3129 in VQAv2); 0: no such head.
     init_std: of the matrices and embeddings that start at random; 0.02 as published, which suits a width of 768. Narrow
     models learn sooner with more: signals then keep their size through the layers.
     """
@@ -185,7 +186,12 @@ class ModelConfig:
     itm_head: bool = True
     mim_in_batch_head: bool = False
     mim_codes_head: int = 0
+    vqa_answers: int = 0
     init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.vqa_answers < 0:
+            raise ValueError(f"model.vqa_answers={self.vqa_answers}: 0 (no head) or the number of answers")
 
 
 @dataclass(frozen=True)

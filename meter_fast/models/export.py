@@ -4,6 +4,7 @@ runs.
 FOLDER/model.safetensors   weights, our names
 FOLDER/config.json         {"format": "meter-fast", "version": 1, "model": {...}}
 FOLDER/tokenizer/          the tokenizer's files, as transformers writes them
+FOLDER/answers.json        of a model that answers questions: the text of each answer, in order
 """
 
 import dataclasses
@@ -22,17 +23,21 @@ from meter_fast.models.meter import Meter
 from meter_fast.models.weights import copy_into
 
 FORMAT, VERSION = "meter-fast", 1
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+WEIGHTS, CONFIG, TOKENIZER, ANSWERS = "model.safetensors", "config.json", "tokenizer", "answers.json"
 
 
 def save_export(
-    model: Meter, folder: str | Path, tokenizer_folder: str | Path | None, state: Mapping[str, Tensor] | None = None
+    model: Meter,
+    folder: str | Path,
+    tokenizer_folder: str | Path | None,
+    state: Mapping[str, Tensor] | None = None,
+    answers: str | None = None,
 ) -> Path:
     """Writes the folder, complete or not at all; one that is there already is replaced. Returns its path.
 
     state: values to write in place of the model's own (the master weights of a ZeRO run), by our names, all of them.
-    tokenizer_folder: its files are copied; None leaves the tokenizer out. Raises ValueError for a folder that is not
-    there or a state that is not the model's.
+    answers: what answers.json holds. tokenizer_folder: its files are copied; None leaves the tokenizer out. Raises
+    ValueError for a folder that is not there or a state that is not the model's.
     """
     folder = Path(folder)
     if tokenizer_folder is not None and not Path(tokenizer_folder).is_dir():
@@ -43,13 +48,17 @@ def save_export(
     if state is not None and set(state) != set(own):
         raise ValueError(f"the state to export is not that of the model: {sorted(set(state) ^ set(own))[:4]} differ")
     description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(_without_sources(model.config))}
-    return write_export(folder, state or own, description, tokenizer_folder)
+    return write_export(folder, state or own, description, tokenizer_folder, answers)
 
 
 def write_export(
-    folder: Path, state: Mapping[str, Tensor], description: dict[str, object], tokenizer_folder: str | Path | None
+    folder: Path,
+    state: Mapping[str, Tensor],
+    description: dict[str, object],
+    tokenizer_folder: str | Path | None = None,
+    answers: str | None = None,
 ) -> Path:
-    """Writes weights, description and the tokenizer's files to `folder`, in one rename; what was there is replaced."""
+    """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced."""
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
@@ -58,6 +67,8 @@ def write_export(
     (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if tokenizer_folder is not None:
         shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
+    if answers is not None:
+        (hidden / ANSWERS).write_text(answers, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     hidden.rename(folder)

@@ -1,6 +1,7 @@
-"""Heads of pre-training, pooler, and how new weights start. Knows rows of the fusion, nothing of losses or labels.
+"""Heads, pooler, and how new weights start. Knows rows of the fusion, nothing of losses or labels.
 
-Shape letters: B pairs, D fusion width, S vocabulary, M masked rows. Source: METER, section 3.3 and `modules/heads.py`.
+Shape letters: B pairs, D fusion width, S vocabulary, M masked rows, A answers. Source: METER, section 3.3 and
+`modules/heads.py`.
 """
 
 import torch
@@ -72,6 +73,19 @@ class MimInBatchHead(nn.Module):
         """rows [M,D], pixels of cells [N,3*P*P] -> (h / sqrt(D) [M,D], c [N,D])."""
         said = self.norm(F.gelu(self.dense(rows))) * rows.shape[1] ** -0.5
         return said, self.cell_norm(self.cell(cells))
+
+
+class AnswerHead(nn.Module):
+    """cls [B,2D] -> logits [B,A] of the answers: dense 2D, LayerNorm eps 1e-5, GELU, dense A."""
+
+    def __init__(self, width: int, answers: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(2 * width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.out = nn.Linear(2 * width, answers)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return self.out(F.gelu(self.norm(self.dense(cls))))
 
 
 class Pooler(nn.Module):

@@ -52,7 +52,7 @@ def save_image_tokenizer(config: ImageTokenizerConfig, folder: str | Path, state
     if set(state) != set(own):
         raise ValueError(f"the state to export is not that of the model: {sorted(set(state) ^ set(own))[:4]} differ")
     description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(config)}
-    return write_export(Path(folder), state, description, None)
+    return write_export(Path(folder), state, description)
 
 
 def load_image_tokenizer(folder: str | Path) -> VqVae:

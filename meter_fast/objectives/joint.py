@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import Batch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import itm, mim_codes, mim_in_batch, mlm
+from meter_fast.objectives import itm, mim_codes, mim_in_batch, mlm, vqa
 from meter_fast.objectives.reading import Reading
 
 OBJECTIVES: dict[str, ModuleType] = {
@@ -28,6 +28,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "itm": itm,
     "mim_in_batch": mim_in_batch,
     "mim_codes": mim_codes,
+    "vqa": vqa,
 }
 
 
@@ -35,7 +36,7 @@ OBJECTIVES: dict[str, ModuleType] = {
 class Losses:
     """loss: float32 scalar to run backward on, the plain sum of `parts` (detached, by objective).
 
-    metrics: by name, (how many were right, of how many), int64 scalars on the device.
+    metrics: by name, (how many were right, of how many), scalars on the device; what is right in part counts in part.
     """
 
     loss: Tensor
@@ -52,15 +53,16 @@ class JointLoss(nn.Module):
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives.names has {name!r}: known are {', '.join(OBJECTIVES)}")
             if getattr(model, OBJECTIVES[name].HEAD) is None:
-                head = OBJECTIVES[name].HEAD
-                value = "true" if getattr(model.config, head) in (True, False) else "N"
-                raise ValueError(f"objective {name!r} needs a head that the model lacks: set model.{head}={value}")
+                setting = {"vqa": "vqa_answers=NUMBER", "mim_codes": "mim_codes_head=NUMBER"}.get(
+                    name, f"{OBJECTIVES[name].HEAD}=true"
+                )
+                raise ValueError(f"objective {name!r} needs a head that the model lacks: set model.{setting}")
         if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(f"objectives.names={tuple(objectives)}: name at least one objective, each once")
         self.model = model
         self.objectives = tuple(objectives)
 
-    def forward(self, batch: PretrainBatch, totals: Mapping[str, float] | None = None) -> Losses:
+    def forward(self, batch: Batch, totals: Mapping[str, float] | None = None) -> Losses:
         """Losses of a micro-batch on the model's device and dtype.
 
         totals: by objective, what summed losses are divided by: this micro-batch's share of the step's `count`, i.e.
@@ -109,7 +111,7 @@ class JointLoss(nn.Module):
         return self.model.encode_text(ids, mask, Packing.join(joined)), joined
 
 
-def counts_of(objectives: Sequence[str], batches: Sequence[PretrainBatch]) -> dict[str, int]:
+def counts_of(objectives: Sequence[str], batches: Sequence[Batch]) -> dict[str, int]:
     """What each objective's loss is a mean over, in these micro-batches together."""
     return {name: sum(map(OBJECTIVES[name].count, batches)) for name in objectives}
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from meter_fast.config import ConfigError, RunConfig, override
 from meter_fast.recipes.pretrain import pretrain
+from meter_fast.recipes.vqa import vqa
 
-RECIPES: dict[str, Callable[..., RunConfig]] = {"pretrain": pretrain}
+RECIPES: dict[str, Callable[..., RunConfig]] = {"pretrain": pretrain, "vqa": vqa}
 
 
 def resolve(argv: Sequence[str]) -> RunConfig:

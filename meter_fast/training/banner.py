@@ -40,12 +40,24 @@ def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: S
         ("held out", _coverage(pairs.held_out) if pairs.held_out else "none: data.val_sources is empty"),
         ("pictures", _pictures(config, pairs.backend)),
         ("text", f"{len(pairs.tokenizer):,} tokens of {config.data.tokenizer}, up to {config.data.max_text_length} a "
-                 f"caption, masking {config.objectives.masking} {config.objectives.mlm_probability:g}"),
-        ("objectives", f"{', '.join(config.objectives.names)}; false pictures from the "
-                       f"{config.objectives.itm_negatives}"),
+                 f"text"),
+        ("objectives", _objectives(config, pairs)),
         ("checkpoints", f"{checkpoints_of(config.run.dir)}, every {config.run.save_every:,} steps, the last "
                         f"{config.run.keep_last} and the best kept"),
     ]  # fmt: skip
+
+
+def _objectives(config: RunConfig, pairs: Pairs) -> str:
+    chosen = config.objectives
+    parts = [", ".join(chosen.names)]
+    if pairs.answers is not None:
+        unnamed = f", {pairs.answers.unnamed:,} of them never given" if pairs.answers.unnamed else ""
+        parts.append(f"{len(pairs.answers):,} answers{unnamed}")
+    if "mlm" in chosen.names:
+        parts.append(f"masking {chosen.masking} {chosen.mlm_probability:g}")
+    if "itm" in chosen.names:
+        parts.append(f"false pictures from the {chosen.itm_negatives}")
+    return "; ".join(parts)
 
 
 def _device(device: torch.device) -> str:
@@ -116,9 +128,12 @@ def _coverage(sources: Sources) -> str:
     lines = []
     total = sum(sources.weights) if sources.weights else 0
     for number, row in enumerate(sources.coverage()):
-        line = f"{row['source']}: {row['files']:,} files, {row['pictures']:,} pictures, {row['captions']:,} captions"
+        line = f"{row['source']}: {row['files']:,} files, {row['pictures']:,} pictures, "
+        line += f"{row['captions']:,} {row.get('texts', 'captions')}"
         if row["duplicates"]:
             line += f" ({row['duplicates']:,} duplicates left out)"
+        if row.get("unanswered"):
+            line += f" ({row['unanswered']:,} without answers left out)"
         if total and number < len(sources.weights):
             line += f", {100 * sources.weights[number] / total:.3g} % of samples"
         if row["missing"]:

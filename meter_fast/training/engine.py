@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import meter_fast
 from meter_fast.config import ConfigError, RunConfig
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import Batch
 from meter_fast.objectives.joint import Losses, shares
 from meter_fast.training.optimizer import GROUPS, AdamW, Schedule, parameter_groups
 from meter_fast.training.record import StepRecord
@@ -113,7 +113,7 @@ class Engine:
         if config.engine.compile:
             compile_blocks(self.module.model)
 
-    def step(self, step: int, batches: Sequence[PretrainBatch], counts: Mapping[str, float]) -> StepRecord:
+    def step(self, step: int, batches: Sequence[Batch], counts: Mapping[str, float]) -> StepRecord:
         """One optimizer step (the `step`-th, from 0) on this process's micro-batches.
 
         counts: by objective, what the global batch holds; losses are means over it, whoever holds which part."""
@@ -157,7 +157,7 @@ class PlainOutputs(nn.Module):
         self.module = module
 
     def forward(
-        self, batch: PretrainBatch, totals: Mapping[str, float] | None = None
+        self, batch: Batch, totals: Mapping[str, float] | None = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
         """(loss, parts, metrics) of `module`."""
         losses = self.module(batch, totals)
@@ -171,7 +171,7 @@ class Evaluated(nn.Module):
         super().__init__()
         self.engine = engine
 
-    def forward(self, batch: PretrainBatch) -> Losses:
+    def forward(self, batch: Batch) -> Losses:
         """Losses of a batch on the engine's device."""
         return Losses(*self.engine(batch))
 

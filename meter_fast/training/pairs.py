@@ -1,4 +1,4 @@
-"""The data of a pre-training run, opened as its settings say: tokenizer, sources, loaders.
+"""The data of a run, opened as its settings say: tokenizer, and the sources and loaders of pre-training.
 
 Knows settings and the data room. Knows nothing of models beyond the sizes they must agree on, nothing of steps.
 """
@@ -6,6 +6,7 @@ Knows settings and the data room. Knows nothing of models beyond the sizes they 
 import dataclasses
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from meter_fast.config import ConfigError, DataConfig, RunConfig
+from meter_fast.data.answers import Answers
 from meter_fast.data.images import ImageBackend, image_transform, open_backend
-from meter_fast.data.loader import EvaluationLoader, PretrainLoader
+from meter_fast.data.loader import EvaluationLoader, PretrainLoader, SplitLoader, TrainingLoader
 from meter_fast.data.order import SampleOrder
 from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.text import TextPipeline
@@ -25,7 +27,7 @@ from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from meter_fast.training.masked_images import open_cells
 from meter_fast.training.world import World
 
-TRAINED = "trained"
+TRAINED, OF_INIT = "trained", "init"
 CAPTIONS_TO_LEARN_FROM = 200_000
 
 
@@ -36,14 +38,16 @@ class Pairs:
     tokenizer: PreTrainedTokenizerFast
     tokenizer_folder: Path
     sources: Sources
-    loader: PretrainLoader
+    loader: TrainingLoader
     backend: ImageBackend
     held_out: Sources | None
-    validation: EvaluationLoader | None
+    validation: SplitLoader | None
+    answers: Answers | None = None  # of visual question answering
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: how many samples each source has, and the vocabulary."""
-        return {"samples": self.sources.sizes, "vocabulary": vocabulary_hash(self.tokenizer)}
+        told = {"samples": self.sources.sizes, "vocabulary": vocabulary_hash(self.tokenizer)}
+        return told if self.answers is None else {**told, "answers": self.answers.hash()}
 
     def close(self) -> None:
         """Free threads and device memory."""
@@ -59,13 +63,15 @@ def open_tokenizer(config: RunConfig, world: World, sources: Sources) -> tuple[P
     """The run's tokenizer, and the folder of its files, run.dir/tokenizer, for the export (main process only).
     Collective.
 
-    The main process opens it, or with data.tokenizer=trained learns it from the captions, once for the whole run;
+    The main process opens it, or with data.tokenizer=trained learns it from the texts, once for the whole run;
     the others get its files from there. Raises ValueError (StoppedTogether on the others).
     """
     kept = Path(config.run.dir) / "tokenizer"
 
     def files() -> dict[str, str]:
-        if config.data.tokenizer != TRAINED:
+        if config.data.tokenizer == OF_INIT:
+            load_tokenizer(tokenizer_of_init(config.run.init)).save_pretrained(kept)
+        elif config.data.tokenizer != TRAINED:
             load_tokenizer(config.data.tokenizer).save_pretrained(kept)
         elif not (kept / "tokenizer.json").is_file():
             text = config.model.text
@@ -80,6 +86,36 @@ def open_tokenizer(config: RunConfig, world: World, sources: Sources) -> tuple[P
         for name, text in content.items():
             Path(scratch, name).write_text(text, encoding="utf-8")
         return load_tokenizer(scratch), kept
+
+
+def tokenizer_of_init(init: str) -> Path:
+    """The tokenizer that lies with an export folder, a run directory or a checkpoint. Raises ConfigError."""
+    path = Path(init)
+    if init:
+        for folder in (path / "tokenizer", path.parent.parent / "tokenizer"):
+            if (folder / "tokenizer.json").is_file():
+                return folder
+    raise ConfigError(
+        f"data.tokenizer=init: run.init={init or '(empty)'} has no tokenizer with it: give the folder or hub name of "
+        "the one that its text encoder knows, or, to start at random, data.tokenizer=trained"
+    )
+
+
+def fit_length(config: RunConfig, samples: int) -> RunConfig:
+    """The configuration with run.max_steps in place of run.max_epochs: so many steps that each of `samples` is read
+    that often, the last step filled up from the next pass."""
+    if not config.run.max_epochs:
+        return config
+    steps = max(1, math.ceil(config.run.max_epochs * samples / config.engine.global_batch))
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, max_steps=steps, max_epochs=0.0))
+
+
+def open_images(config: RunConfig, world: World, dtype: torch.dtype) -> ImageBackend:
+    """The image back end of a run on this process's device."""
+    return open_backend(
+        config.data.backend, image_transform(config.data.transform, config.model.vision.image_size), world.device,
+        dtype, threads=max(1, config.data.workers), max_batch=max(4, 2 * config.engine.micro_batch),
+    )  # fmt: skip
 
 
 def _captions(sources: Sources) -> Iterator[str]:
@@ -117,19 +153,19 @@ def open_training_sources(data: DataConfig) -> Sources:
 
 def open_pairs(
     config: RunConfig, world: World, sources: Sources, tokenizer: PreTrainedTokenizerFast, folder: Path,
-    accumulation: int, dtype: torch.dtype,
+    accumulation: int, dtype: torch.dtype, answers: Answers | None = None,
 ) -> Pairs:  # fmt: skip
-    """Order, loader and held-out split on this process's part of the run. Raises ValueError."""
+    """Order, loader and held-out split of pre-training on this process's part of the run. Raises ValueError.
+
+    answers: none here; the argument is there as every task opens its data in the same way.
+    """
     data, goals, engine = config.data, config.objectives, config.engine
     from_batch = goals.itm_negatives == "batch"
     order = SampleOrder(
         sources.sizes, config.run.seed, engine.global_batch, sources.weights, sources.image_ids if from_batch else None
     )
     text = TextPipeline(tokenizer, data.max_text_length, goals.masking, goals.mlm_probability)
-    backend = open_backend(
-        data.backend, image_transform(data.transform, config.model.vision.image_size), world.device, dtype,
-        threads=max(1, data.workers), max_batch=max(4, 2 * engine.micro_batch),
-    )  # fmt: skip
+    backend = open_images(config, world, dtype)
     cells = open_cells(goals, config.model.vision, backend.transform, world.device)
     loader = PretrainLoader(
         sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,

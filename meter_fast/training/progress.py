@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meter_fast.data.batch import PretrainBatch
-from meter_fast.data.loader import PretrainLoader
+from meter_fast.data.batch import Batch
+from meter_fast.data.loader import TrainingLoader
 from meter_fast.objectives.joint import counts_of
 from meter_fast.training.record import StepRecord
 from meter_fast.training.world import World
@@ -33,7 +33,7 @@ class News:
 def exchange(
     world: World,
     names: Sequence[str],
-    batches: Sequence[PretrainBatch],
+    batches: Sequence[Batch],
     record: StepRecord | None,
     stop: bool,
     failed: bool,
@@ -70,7 +70,7 @@ class Shown:
 class Interval:
     """Adds steps up between two lines of the log."""
 
-    def __init__(self, names: Sequence[str], loader: PretrainLoader) -> None:
+    def __init__(self, names: Sequence[str], loader: TrainingLoader) -> None:
         self._names = names
         self._loader = loader
         self._news: list[News] = []

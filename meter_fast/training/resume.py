@@ -17,7 +17,8 @@ from torch import Tensor
 
 import meter_fast
 from meter_fast.config import ConfigError, RunConfig, flatten, from_dict, to_dict
-from meter_fast.interop import from_meter
+from meter_fast.data.answers import Answers
+from meter_fast.interop import HEAD_NAMES, from_meter
 from meter_fast.models.config import ModelConfig
 from meter_fast.models.export import load_export, save_export
 from meter_fast.models.meter import Meter
@@ -148,7 +149,7 @@ def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tenso
     if not path.exists():
         raise ConfigError(f"run.init={path} does not exist: give an export folder, a METER .ckpt or a checkpoint")
     if path.is_file():
-        given, report = from_meter(path, config=config.model)
+        given, report = from_meter(path, config=config.model, allow_missing=HEAD_NAMES, allow_unexpected=HEAD_NAMES)
         notes += str(report).splitlines()
         return given.state_dict()
     if (path / checkpoint.MANIFEST).is_file():
@@ -160,7 +161,19 @@ def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tenso
             before, after = (table.numel() // table.shape[-1] for table in (tensors[name], own))
             tensors[name] = fit_positions(tensors[name], own.shape, config.model.vision.grid, name)
             notes.append(f"resized: {name} from {before} to {after} rows")
-    return tensors
+    return _with_heads(tensors, model, notes)
+
+
+def _with_heads(tensors: dict[str, Tensor], model: Meter, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors without heads that the model does not have, and with the model's own for heads that they lack."""
+    own = model.state_dict()
+    heads = [{name.split(".")[0] for name in part if name.split(".")[0].endswith("_head")} for part in (own, tensors)]
+    for head in sorted(heads[0] - heads[1]):
+        notes.append(f"not in the file, starts at random: {head}")
+    for head in sorted(heads[1] - heads[0]):
+        notes.append(f"not in the model, left out: {head}")
+    kept = {name: value for name, value in tensors.items() if name.split(".")[0] not in heads[1] - heads[0]}
+    return kept | {name: value for name, value in own.items() if name.split(".")[0] in heads[0] - heads[1]}
 
 
 def restore(state: NamedState, start: Start, world: World) -> None:
@@ -234,8 +247,11 @@ def expected_bytes(parameters: int) -> int:
     return 12 * parameters
 
 
-def export(state: NamedState, world: World, config: ModelConfig, folder: Path, tokenizer: Path) -> None:
-    """Write the model alone (fp32 master weights, configuration, tokenizer) for `meter_fast.load`."""
+def export(
+    state: NamedState, world: World, config: ModelConfig, folder: Path, tokenizer: Path, answers: Answers | None = None
+) -> None:
+    """Write the model alone (fp32 master weights, configuration, tokenizer, answers) for `meter_fast.load`."""
     tensors = {name: t.detach().cpu().clone() if world.is_main else None for _, name, t in state.read((WEIGHT, FROZEN))}
 
-    world.together(lambda: str(save_export(Meter(config, load_weights=False), folder, tokenizer, tensors)))
+    names = answers.text() if answers is not None else None
+    world.together(lambda: str(save_export(Meter(config, load_weights=False), folder, tokenizer, tensors, names)))

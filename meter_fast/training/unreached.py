@@ -7,16 +7,16 @@ decay. Freezing says the same to both.
 import torch
 from torch import nn
 
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import Batch, PretrainBatch, VqaBatch
 from meter_fast.models.config import ModelConfig
 
 
 def freeze_unreached(module: nn.Module, config: ModelConfig) -> list[str]:
-    """Freeze every parameter of `module` (fp32, on the host) that gets no gradient from two pairs. Returns their
-    names.
+    """Freeze every parameter of `module` (a JointLoss, fp32, on the host) that gets no gradient from two samples.
+    Returns their names.
     """
     module.zero_grad(set_to_none=True)
-    module(_two_pairs(config)).loss.backward()
+    module(_two_questions(config) if "vqa" in module.objectives else _two_pairs(config)).loss.backward()
     unreached = [name for name, p in module.named_parameters() if p.grad is None]
     for name, parameter in module.named_parameters():
         parameter.grad = None
@@ -25,8 +25,22 @@ def freeze_unreached(module: nn.Module, config: ModelConfig) -> list[str]:
     return unreached
 
 
-def _two_pairs(config: ModelConfig) -> PretrainBatch:
-    """The smallest batch that every objective can be computed on."""
+def _two_questions(config: ModelConfig) -> Batch:
+    """The smallest batch of visual question answering: two questions about one picture."""
+    size, ids = config.vision.image_size, torch.full((2, 3), config.text.vocab_size - 1)
+    return VqaBatch(
+        images=torch.zeros(1, 3, size, size),
+        image_rows=torch.zeros(2, dtype=torch.int64),
+        text_ids=ids,
+        text_mask=torch.ones(2, 3, dtype=torch.bool),
+        targets=torch.zeros(2, config.vqa_answers),
+        question_ids=torch.arange(2),
+        sample_ids=torch.arange(2),
+    )
+
+
+def _two_pairs(config: ModelConfig) -> Batch:
+    """The smallest batch that every objective of pre-training can be computed on."""
     size, token = config.vision.image_size, config.text.vocab_size - 1
     ids = torch.full((2, 3), token)
     grid = config.vision.grid

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from making import BAD_PICTURES, backend, caption, rows_of, sources_of, write_pairs
 
-from meter_fast.data.assemble import BadDataError
 from meter_fast.data.loader import EvaluationLoader, evaluation_shares
 from meter_fast.data.order import OrderError
+from meter_fast.data.samples import BadDataError
 from meter_fast.data.sources import open_sources
 from meter_fast.data.text import TextPipeline
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from making import BAD_PICTURES, SIDE, caption, loader_of, pair_members, picture, sources_of, write_tar
 
-from meter_fast.data.assemble import BadDataError
+from meter_fast.data.samples import BadDataError
 from meter_fast.data.sources import open_sources
 
 

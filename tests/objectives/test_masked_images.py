@@ -222,5 +222,5 @@ def test_errors() -> None:
     model.mim_codes_head = model.mim_in_batch_head = None
     with pytest.raises(ValueError, match=r"set model.mim_in_batch_head=true"):
         JointLoss(model, ("mim_in_batch",))
-    with pytest.raises(ValueError, match=r"set model.mim_codes_head=N"):
+    with pytest.raises(ValueError, match=r"set model.mim_codes_head=NUMBER"):
         JointLoss(model, ("mim_codes",))

@@ -1,0 +1,74 @@
+"""The data of a run on visual question answering: tables, label space, loaders.
+
+Knows settings and the data room. Knows nothing of models beyond the number of answers, nothing of steps.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from meter_fast.config import ConfigError, DataConfig, RunConfig
+from meter_fast.data.answers import Answers, find_answers, read_answers
+from meter_fast.data.loader import TrainingLoader
+from meter_fast.data.order import SampleOrder, micro_slices
+from meter_fast.data.question_tables import open_questions
+from meter_fast.data.questions import QuestionAssembler, question_split_loader
+from meter_fast.data.sources import Sources
+from meter_fast.data.text import TextPipeline
+from meter_fast.models.export import ANSWERS
+from meter_fast.training.pairs import Pairs, open_images
+from meter_fast.training.world import World
+
+
+def open_training_questions(data: DataConfig) -> Sources:
+    """The questions of training, without those that have no answer. Raises ValueError naming what is missing."""
+    return open_questions(data.sources, data.root, "train", data.weights or None, answered_only=True)
+
+
+def fit_answers(config: RunConfig, sources: Sources) -> tuple[RunConfig, Answers]:
+    """The configuration with model.vqa_answers as the data tell, and the label space.
+
+    Held-out tables name answers, too, as the published label space is one of training and validation. Raises ValueError
+    where tables disagree with each other, with model.vqa_answers, or with the label space of run.init.
+    """
+    data, tables = config.data, list(sources.tables)
+    if data.val_sources:
+        tables += open_questions(data.val_sources, data.root, data.val_split).tables
+    answers = find_answers(tables, data.answers)
+    if config.model.vqa_answers not in (0, len(answers)):
+        raise ConfigError(
+            f"model.vqa_answers={config.model.vqa_answers}: the data have {len(answers)} answers; leave it at 0, or "
+            "give the label space by data.answers=FILE"
+        )
+    before = Path(config.run.init) / ANSWERS
+    if config.run.init and before.is_file():
+        known = read_answers(before)
+        known.check({label: name for label, name in enumerate(answers.names) if name is not None}, "the data")
+        answers = known if len(known) == len(answers) else answers
+    return replace(config, model=replace(config.model, vqa_answers=len(answers))), answers
+
+
+def open_question_loaders(
+    config: RunConfig, world: World, sources: Sources, tokenizer: PreTrainedTokenizerFast, folder: Path,
+    accumulation: int, dtype: torch.dtype, answers: Answers | None = None,
+) -> Pairs:  # fmt: skip
+    """Order, loader and held-out split on this process's part of the run. Raises ValueError."""
+    data, engine, run = config.data, config.engine, config.run
+    assert answers is not None
+    order = SampleOrder(sources.sizes, run.seed, engine.global_batch, sources.weights)
+    text = TextPipeline(tokenizer, data.max_text_length)
+    backend = open_images(config, world, dtype)
+    assembler = QuestionAssembler(sources, text, backend, run.seed, len(answers), data.max_image_pixels)
+    slices = micro_slices(engine.global_batch, world.size, engine.micro_batch, world.rank, accumulation, pairs=False)
+    loader = TrainingLoader(order, assembler, slices, data.workers, data.prefetch, data.max_bad_share)
+    held_out, validation = None, None
+    if data.val_sources:
+        held_out = open_questions(data.val_sources, data.root, data.val_split)
+        asked = QuestionAssembler(held_out, text, backend, run.seed, len(answers), data.max_image_pixels, replace=False)
+        validation = question_split_loader(
+            asked, batch_size=engine.micro_batch, rank=world.rank, world=world.size, limit=data.val_pairs,
+            workers=data.workers, max_bad_share=data.max_bad_share,
+        )  # fmt: skip
+    return Pairs(tokenizer, folder, sources, loader, backend, held_out, validation, answers)
