@@ -272,7 +272,7 @@ def build(config: RunConfig, this: World, start: Start) -> JointLoss:
     if this.is_main:
         load_weights(model, config, start)
     module = JointLoss(model, config.objectives.names)
-    if len(config.objectives.names) < 2:
+    if set(config.objectives.names) != {"mlm", "itm"} or config.model.decoder.layers:
         freeze_unreached(module, config.model)
     return module
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import PretrainBatch, TextToText
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS, BadImage, check_image
 from meter_fast.data.images import BatchDecodeError, ImageBackend
 from meter_fast.data.order import mix
@@ -25,7 +25,7 @@ BAD_IN_A_ROW = 100  # so many unusable samples one after another are no bad luck
 ATTEMPTS = 10 * BAD_IN_A_ROW  # draws of a replacement, those included that show the partner's picture
 
 # What a random number is for: each purpose has its own stream.
-_REPLACE, _COIN, _FALSE_PICTURE, _MASK = 1, 2, 3, 4
+_REPLACE, _COIN, _FALSE_PICTURE, _MASK, _SPANS = 1, 2, 3, 4, 7
 
 
 class BadDataError(ValueError):
@@ -233,8 +233,8 @@ class Assembler:
 
     # ------------------------------------------------------------------------------------ text
 
-    def _texts(self, chosen: Sequence[_Chosen], positions: np.ndarray) -> dict[str, torch.Tensor]:
-        """Token ids, mask, and what MLM hides, of a micro-batch."""
+    def _texts(self, chosen: Sequence[_Chosen], positions: np.ndarray) -> dict[str, torch.Tensor | TextToText]:
+        """Token ids, mask, what MLM hides, and what a decoder reads and writes, of a micro-batch."""
         ids = self.text.encode([sample.text for sample in chosen])
         chance = _PositionRandom(self.seed, _MASK)
         hidden = [self.text.mask(text, chance.at(p)) for text, p in zip(ids, positions.tolist(), strict=True)]
@@ -250,6 +250,7 @@ class Assembler:
             "masked_rows": torch.from_numpy(rows),
             "masked_labels": torch.from_numpy(labels),
             "text_rows": text_mask.flatten().nonzero().flatten(),
+            **self.text.denoise(ids, map(_PositionRandom(self.seed, _SPANS).at, positions.tolist())),
         }
 
 

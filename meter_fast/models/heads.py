@@ -45,10 +45,10 @@ class MlmHead(nn.Module):
 
 
 class ItmHead(nn.Linear):
-    """cls [B,2D] -> logits [B,2]; class 1 says that text and picture belong together."""
+    """cls [B,width] -> logits [B,2]; class 1 says that text and picture belong together."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(2 * width, 2)
+        super().__init__(width, 2)
 
 
 class Pooler(nn.Module):

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import itm, mlm
+from meter_fast.objectives import caption, itm, mlm, span_denoising
 from meter_fast.objectives.reading import Reading
 
-OBJECTIVES: dict[str, ModuleType] = {"mlm": mlm, "itm": itm}
+OBJECTIVES: dict[str, ModuleType] = {"mlm": mlm, "itm": itm, "span_denoising": span_denoising, "caption": caption}
+SETTINGS = {"mlm_head": "model.mlm_head=true", "itm_head": "model.itm_head=true", "lm_head": "model.decoder.layers=3"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class JointLoss(nn.Module):
                 raise ValueError(f"objectives.names has {name!r}: known are {', '.join(OBJECTIVES)}")
             if getattr(model, OBJECTIVES[name].HEAD) is None:
                 raise ValueError(
-                    f"objective {name!r} needs a head that the model lacks: set model.{OBJECTIVES[name].HEAD}=true"
+                    f"objective {name!r} needs a head that the model lacks: set {SETTINGS[OBJECTIVES[name].HEAD]}"
                 )
         if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(f"objectives.names={tuple(objectives)}: name at least one objective, each once")

@@ -7,7 +7,7 @@ decay. Freezing says the same to both.
 import torch
 from torch import nn
 
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import PretrainBatch, TextToText
 from meter_fast.models.config import ModelConfig
 
 
@@ -40,4 +40,11 @@ def _two_pairs(config: ModelConfig) -> PretrainBatch:
         itm_images=torch.tensor([0, 0]),
         false_images=None,
         sample_ids=torch.tensor([0, 1]),
+        span_denoising=_one_token_written(token),
+        caption=_one_token_written(token),
     )
+
+
+def _one_token_written(token: int) -> TextToText:
+    ids, lengths = torch.full((2, 1), token), torch.tensor([1, 1])
+    return TextToText(ids, ids == token, torch.tensor([0, 1]), ids, lengths, torch.tensor([0, 1]))
