@@ -124,9 +124,8 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     if arguments.pairs is not None and arguments.pairs < 2:
         raise ValueError(f"--pairs {arguments.pairs}: give 2 or more")
     scores = evaluate_split(arguments.model, arguments.task, arguments.settings, arguments.pairs)
-    for objective in ("mlm", "itm"):
-        if objective in scores:
-            row = scores[objective]
+    for objective, row in scores.items():
+        if isinstance(row, dict) and "accuracy" in row:
             print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
     for kind, row in scores.get("vqa", {}).items():
         other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"

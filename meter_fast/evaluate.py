@@ -19,6 +19,7 @@ from meter_fast.data.loader import EvaluationLoader
 from meter_fast.data.question_tables import open_questions
 from meter_fast.data.questions import QuestionAssembler, question_split_loader
 from meter_fast.data.sources import PUBLISHED, Sources, open_sources
+from meter_fast.data.spans import open_denoiser
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.models.export import ANSWERS
@@ -27,6 +28,7 @@ from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss
 from meter_fast.recipes import resolve
 from meter_fast.score_vqa import score_questions
+from meter_fast.training.masked_images import open_cells
 
 
 @torch.inference_mode()
@@ -90,7 +92,8 @@ def evaluate_split(
     tokenizer = load_tokenizer(tokenizer_of(path, data.tokenizer))
     check_vocabulary(model, tokenizer)
     length = min(data.max_text_length, model.config.text.max_length)
-    text = TextPipeline(tokenizer, length, objectives.masking, objectives.mlm_probability)
+    denoiser = open_denoiser(tokenizer, objectives.names, objectives.span_probability, objectives.span_length)
+    text = TextPipeline(tokenizer, length, objectives.masking, objectives.mlm_probability, denoiser)
     names, said = held_out_names(data, data.val_split)
     sources = open_sources(names, data.root, data.val_split)
     backend = open_backend(data.backend, transform, device, torch.float32, max_batch=config.engine.micro_batch)
@@ -105,6 +108,7 @@ def evaluate_split(
             workers=data.workers,
             max_bad_share=data.max_bad_share,
             max_image_pixels=data.max_image_pixels,
+            cells=open_cells(objectives, model.config.vision, transform, device),
         )
         scores = evaluate_pretraining(JointLoss(model.to(device), objectives.names), loader, device)
     finally:

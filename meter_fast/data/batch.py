@@ -2,13 +2,37 @@
 
 Knows the shapes and types that the loader fills and the objectives read. Knows nothing of files, models or devices
 beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and W pixels,
-N distinct pictures, A answers.
+N distinct pictures, A answers, G cells of a picture along one side, T tokens to write.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextToText:
+    """Texts to read and texts to write, one of each for every pair.
+
+    ids       [B,L'] int64, what the encoder reads, padded
+    mask      [B,L'] bool, True on its real tokens
+    text_rows [N] int64, its real tokens as rows of a [B*L'] view, ascending
+    targets   [B,T] int64, what the decoder writes, padded
+    lengths   [B] int64, tokens of each target
+    rows      [M] int64, the targets' real tokens as rows of a [B*T] view, ascending
+    """
+
+    ids: Tensor
+    mask: Tensor
+    text_rows: Tensor
+    targets: Tensor
+    lengths: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device | str) -> "TextToText":
+        """The same texts on `device`."""
+        return TextToText(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,14 @@ class PretrainBatch:
     sample_ids     [B] int64, which samples these are, after the replacement of bad ones
     text_rows      [N] int64, the real tokens as rows of a [B*L] view, ascending; None: whoever needs them finds them
                    in `text_mask`, which on a GPU means waiting for it
+    span_denoising captions with spans hidden, and what was there; None where no objective asks for it
+    caption        captions hidden as a whole; None where no objective asks for it
+
+    For masked image modelling, of a picture cut into cells as the vision encoder's tokens are; else None:
+
+    cell_mask      [B,G,G] bool, True on the cells that are hidden
+    cell_rows      [M] int64, the hidden cells as rows of a [B*G*G] view, ascending; equally many in each picture
+    cell_codes     [M] int64, what an image tokenizer says of the cells at `cell_rows`
     """
 
     images: Tensor
@@ -40,6 +72,11 @@ class PretrainBatch:
     false_images: Tensor | None
     sample_ids: Tensor
     text_rows: Tensor | None = None
+    cell_mask: Tensor | None = None
+    cell_rows: Tensor | None = None
+    cell_codes: Tensor | None = None
+    span_denoising: TextToText | None = None
+    caption: TextToText | None = None
 
     def __len__(self) -> int:
         """B, the number of pairs."""
@@ -50,7 +87,9 @@ class PretrainBatch:
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None:
+            if isinstance(value, TextToText):
+                value = value.to(device)
+            elif value is not None:
                 value = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
             moved[field.name] = value
         return PretrainBatch(**moved)

@@ -39,11 +39,16 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if record is None and self._absorbs(own, side, x):
             return self.norm(*self._absorbed(x, other, own, side, dropout), x)
-        query = self.query(x)
         key, value = self.key_value(other).split(self.width, -1)
         if record is not None:
-            record.append(attention_weights(split_heads(query, self.heads), split_heads(key, self.heads), side.mask))
-        read = attend_across(query, key, value, own, side, self.heads, dropout, self.kernel)
+            query = split_heads(self.query(x), self.heads)
+            record.append(attention_weights(query, split_heads(key, self.heads), side.mask))
+        return self.read(x, key, value, own, side)
+
+    def read(self, x: Tensor, key: Tensor, value: Tensor, own: Side, side: Side) -> Tensor:
+        """The direct form, of known keys and values: x [..., D] as `own` lies, key and value as `side` lies."""
+        dropout = self.dropout if self.training else 0.0
+        read = attend_across(self.query(x), key, value, own, side, self.heads, dropout, self.kernel)
         return self.norm(*self.out(read), x)
 
     def _absorbs(self, own: Side, side: Side, x: Tensor) -> bool:
@@ -120,10 +125,12 @@ class CoAttentionLayer(nn.Module):
         need: Need = Need.ALL,
         image_attended: Tensor | None = None,
         record: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """text [P,L,D] or [N,D], image [P,V,D] -> (text, image), cut down to the rows needed."""
         first = need is Need.CLS
-        new_text = self.text(text, image, text_side, image_side, first, record=record)
+        new_text = None
+        if need is not Need.IMAGE or record is not None:  # a record is of what the text reads
+            new_text = self.text(text, image, text_side, image_side, first, record=record)
         if need is Need.TEXT:
             return new_text, None
         return new_text, self.image(image, text, image_side, text_side, first and not self.image_mean, image_attended)
@@ -135,9 +142,15 @@ class CoAttention(Fusion):
     takes_packed = True
 
     def __init__(
-        self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig, image_mean: bool = False
+        self,
+        config: FusionConfig,
+        text_width: int,
+        image_width: int,
+        kernels: KernelsConfig,
+        image_mean: bool = False,
+        pooled: bool = True,
     ) -> None:
-        super().__init__(config, text_width, image_width, kernels, image_mean, CoAttentionLayer)
+        super().__init__(config, text_width, image_width, kernels, image_mean, CoAttentionLayer, pooled)
 
     def forward(
         self,
@@ -181,9 +194,13 @@ class CoAttention(Fusion):
 
     def _last_layer(self, need: Need, text: Tensor, image: Tensor, side: Side, record: list[Tensor] | None) -> Fused:
         text, new_image = self._run(self.layers[-1], text, image, side, Side.images(image), need, None, record)
+        if need is Need.IMAGE:
+            return Fused(None, new_image, None, record)
         if need is not Need.CLS:
             text = side.padded(text)
         if need is Need.TEXT:
             return Fused(text, None, None, record)
+        if need is Need.BOTH:
+            return Fused(text, new_image, None, record)
         cls = self._pool(text, new_image)
         return Fused(None, None, cls, record) if need is Need.CLS else Fused(text, new_image, cls, record)

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meter_fast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
+from meter_fast.models.config import DecoderConfig, FusionConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.files import read_json, read_tensors
 from meter_fast.models.meter import Meter
 from meter_fast.models.weights import copy_into
@@ -47,12 +47,23 @@ def save_export(
     own = model.state_dict()
     if state is not None and set(state) != set(own):
         raise ValueError(f"the state to export is not that of the model: {sorted(set(state) ^ set(own))[:4]} differ")
+    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(_without_sources(model.config))}
+    return write_export(folder, state or own, description, tokenizer_folder, answers)
+
+
+def write_export(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    description: dict[str, object],
+    tokenizer_folder: str | Path | None = None,
+    answers: str | None = None,
+) -> Path:
+    """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced."""
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in (state or own).items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     save_file(tensors, hidden / WEIGHTS, metadata={"format": "pt"})
-    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(_without_sources(model.config))}
     (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if tokenizer_folder is not None:
         shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
@@ -96,6 +107,7 @@ def _read_config(values: object, where: Path) -> ModelConfig:
             TextConfig(**parts.pop("text")),
             FusionConfig(**parts.pop("fusion")),
         )
-        return ModelConfig(vision, text, fusion, **parts)
+        decoder = DecoderConfig(**parts.pop("decoder", {}))  # exports of encoders may say nothing of one
+        return ModelConfig(vision, text, fusion, decoder=decoder, **parts)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f'{where}: its "model" is not a configuration that this version knows ({error})') from error

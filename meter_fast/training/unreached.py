@@ -7,7 +7,7 @@ decay. Freezing says the same to both.
 import torch
 from torch import nn
 
-from meter_fast.data.batch import Batch, PretrainBatch, VqaBatch
+from meter_fast.data.batch import Batch, PretrainBatch, TextToText, VqaBatch
 from meter_fast.models.config import ModelConfig
 
 
@@ -43,6 +43,8 @@ def _two_pairs(config: ModelConfig) -> Batch:
     """The smallest batch that every objective of pre-training can be computed on."""
     size, token = config.vision.image_size, config.text.vocab_size - 1
     ids = torch.full((2, 3), token)
+    grid = config.vision.grid
+    hidden = torch.arange(2 * grid**2).view(2, grid, grid) % grid**2 == 0
     return PretrainBatch(
         images=torch.zeros(2, 3, size, size),
         text_ids=ids,
@@ -54,4 +56,14 @@ def _two_pairs(config: ModelConfig) -> Batch:
         itm_images=torch.tensor([0, 0]),
         false_images=None,
         sample_ids=torch.tensor([0, 1]),
+        cell_mask=hidden,
+        cell_rows=hidden.flatten().nonzero().flatten(),
+        cell_codes=torch.tensor([0, 0]),
+        span_denoising=_one_token_written(token),
+        caption=_one_token_written(token),
     )
+
+
+def _one_token_written(token: int) -> TextToText:
+    ids, lengths = torch.full((2, 1), token), torch.tensor([1, 1])
+    return TextToText(ids, ids == token, torch.tensor([0, 1]), ids, lengths, torch.tensor([0, 1]))
