@@ -15,7 +15,7 @@ from meter_fast.recipes.paper_tables import HELD_OUT, LENGTHS, PICTURES, TABLES,
 TRAINING = ("image_tokenizer", "pretrain", "vqa")
 CHOOSABLE = ("pretrain", "retrieval", "vqa")
 ARGUMENTS = ("table", "size", "rows", "stages", "processes", "hostfile", "pictures")
-OWN = ("run.dir", "run.init", "run.resume", "objectives.image_tokenizer")
+OWN = ("run.dir", "run.init", "run.resume")
 """Settings that the stages set themselves."""
 
 
@@ -193,12 +193,12 @@ class _Builder:
 
     def _pretraining(self, row: Row, folder: Path, change: tuple[str, ...]) -> list[Stage]:
         """Pre-training, before it the image tokenizer if an objective needs one, after it retrieval if ITM is there."""
-        stages: list[Stage] = []
-        given: tuple[str, ...] = ()
-        if any(text.startswith("objectives.names=") and "mim_codes" in text for text in change):
-            stages.append(self._train(row, folder, "image_tokenizer", ()))
-            given = (f"objectives.image_tokenizer={folder / 'image_tokenizer' / 'export'}",)
-        pretrain = self._train(row, folder, "pretrain", change, given)
+        tokenizer = any(text.startswith("objectives.names=") and "mim_codes" in text for text in change)
+        if any(text.startswith("objectives.image_tokenizer=") for _, text in self.overrides):
+            tokenizer = False  # the one that is named there
+        made = (f"objectives.image_tokenizer={folder / 'image_tokenizer' / 'export'}",) if tokenizer else ()
+        pretrain = self._train(row, folder, "pretrain", change, made)
+        stages = [self._tokenizer(row, folder, pretrain.config.model.vision.grid)] if tokenizer else []
         stages.append(pretrain)
         if "retrieval" in self.stages and "itm" in pretrain.config.objectives.names:
             more = () if self.pictures is None else ("--pictures", str(self.pictures))
@@ -206,6 +206,12 @@ class _Builder:
                 self._evaluate(folder, "retrieval", folder / "pretrain", "retrieval", HELD_OUT[self.size], more)
             )
         return stages
+
+    def _tokenizer(self, row: Row, folder: Path, grid: int) -> Stage:
+        """Training of an image tokenizer that gives one code for each cell of the pictures."""
+        plain = self._train(row, folder, "image_tokenizer", ())
+        side = f"image_tokenizer.image_size={plain.config.image_tokenizer.factor * grid}"
+        return self._train(row, folder, "image_tokenizer", (side,))
 
     def _train(self, row: Row, folder: Path, name: str, change: tuple[str, ...], given: tuple[str, ...] = ()) -> Stage:
         mine = {text.partition("=")[0] for text in change}

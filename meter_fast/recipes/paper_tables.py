@@ -73,7 +73,7 @@ LENGTHS: dict[Size, dict[str, tuple[str, ...]]] = {
             "run.max_steps=1000", "run.max_epochs=0", "run.eval_every=0", "data.tokenizer=trained", "optim.lr=5e-4",
             "optim.head_multiplier=1",
         ),
-        "image_tokenizer": (),
+        "image_tokenizer": ("run.max_steps=500", "run.eval_every=0", "run.picture_every=0"),
     },
 }  # fmt: skip
 """What each stage has in all rows: full runs as the recipes have them, or minutes on two CPU cores. "from_encoders":

@@ -15,7 +15,9 @@ from meter_fast.recipes import RECIPES, resolve
 from meter_fast.recipes.paper_tables import TABLES, VQA
 
 VQA_THERE = "vqa" in RECIPES
-FUSION_THERE = all("fusion" in inspect.signature(recipe).parameters for recipe in RECIPES.values())
+FUSION_THERE = all(
+    "fusion" in inspect.signature(RECIPES[name]).parameters for name in RECIPES.keys() & {"pretrain", "vqa"}
+)
 
 
 def missing(table: str, stages: str) -> str:
@@ -132,6 +134,19 @@ def test_only_models_that_learn_matching_are_scored_by_it():
         ["pretrain"],
         ["pretrain", "retrieval"],
     ]
+
+
+def test_an_image_tokenizer_is_trained_for_the_objective_that_needs_one():
+    for size, grid in (("tiny", 3), ("base", 7)):
+        plan = plan_of("objectives", size, "rows=mlm_itm_mim_codes,mlm_itm")
+        both, codes = plan.rows
+        assert [stage.name for stage in both.stages] == ["pretrain", "retrieval", "vqa", "vqa_score"]
+        tokenizer, pretrain = codes.stages[:2]
+        assert tokenizer.config.image_tokenizer.grid == pretrain.config.model.vision.grid == grid
+        assert pretrain.config.objectives.image_tokenizer == f"{tokenizer.config.run.dir}/export"
+        given = plan_of("objectives", size, "rows=mlm_itm_mim_codes", "pretrain:objectives.image_tokenizer=encoder.pkl")
+        assert [stage.name for stage in given.rows[0].stages] == ["pretrain", "retrieval", "vqa", "vqa_score"]
+        assert given.rows[0].stages[0].config.objectives.image_tokenizer == "encoder.pkl"
 
 
 @pytest.mark.parametrize(
