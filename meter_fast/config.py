@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 
 T = TypeVar("T")
-FINE_TUNING = ("vqa",)  # objectives with batches of their own; the others share pairs
+FINE_TUNING = ("vqa", "reconstruction")  # objectives with batches of their own; the others share pairs
 
 
 class ConfigError(ValueError):
@@ -53,7 +54,7 @@ class DataConfig:
 class ObjectivesConfig:
     """What the model is trained on."""
 
-    names: tuple[Literal["mlm", "itm", "mim_in_batch", "mim_codes", "vqa"], ...] = ("mlm", "itm")
+    names: tuple[Literal["mlm", "itm", "mim_in_batch", "mim_codes", "vqa", "reconstruction"], ...] = ("mlm", "itm")
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
@@ -120,6 +121,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)  # of objective reconstruction
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -264,6 +266,8 @@ def check(config: RunConfig) -> None:
         (math.isfinite(run.max_epochs) and run.max_epochs >= 0, "run.max_epochs", run.max_epochs, "0 or more"),
         (len(objectives.names) == 1 or not set(objectives.names) & set(FINE_TUNING), "objectives.names",
          ",".join(objectives.names), f"{', '.join(FINE_TUNING)} trains alone, on data of its own"),
+        (not engine.activation_checkpointing or "reconstruction" not in objectives.names,
+         "engine.activation_checkpointing", "true", "an image tokenizer is small and trains without: use false"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),
         (run.save_every >= 1, "run.save_every", run.save_every, "1 or more"),
         (run.keep_last >= 1, "run.keep_last", run.keep_last, "1 or more"),
