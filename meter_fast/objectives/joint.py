@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from meter_fast.data.batch import Batch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import itm, mim_codes, mim_in_batch, mlm, reconstruction, vqa
+from meter_fast.objectives import caption, itm, mim_codes, mim_in_batch, mlm, reconstruction, span_denoising, vqa
 from meter_fast.objectives.losses import Losses
 from meter_fast.objectives.reading import Reading
 
@@ -28,7 +28,17 @@ OBJECTIVES: dict[str, ModuleType] = {
     "itm": itm,
     "mim_in_batch": mim_in_batch,
     "mim_codes": mim_codes,
+    "span_denoising": span_denoising,
+    "caption": caption,
     "vqa": vqa,
+}
+SETTINGS = {  # that give a model the head
+    "mlm_head": "mlm_head=true",
+    "itm_head": "itm_head=true",
+    "mim_in_batch_head": "mim_in_batch_head=true",
+    "mim_codes_head": "mim_codes_head=NUMBER",
+    "lm_head": "decoder.layers=3",
+    "vqa_head": "vqa_answers=NUMBER",
 }
 
 
@@ -41,9 +51,7 @@ class JointLoss(nn.Module):
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives.names has {name!r}: known are {', '.join(OBJECTIVES)}")
             if getattr(model, OBJECTIVES[name].HEAD) is None:
-                setting = {"vqa": "vqa_answers=NUMBER", "mim_codes": "mim_codes_head=NUMBER"}.get(
-                    name, f"{OBJECTIVES[name].HEAD}=true"
-                )
+                setting = SETTINGS[OBJECTIVES[name].HEAD]
                 raise ValueError(f"objective {name!r} needs a head that the model lacks: set model.{setting}")
         if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(f"objectives.names={tuple(objectives)}: name at least one objective, each once")

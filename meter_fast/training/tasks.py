@@ -36,7 +36,7 @@ def make_meter(config: RunConfig, from_files: bool) -> Meter:
 def joint_loss(model: Meter, config: RunConfig) -> JointLoss:
     """What the engine runs; parameters that no objective reaches are frozen."""
     module = JointLoss(model, config.objectives.names)
-    if set(config.objectives.names) != {"mlm", "itm"}:
+    if set(config.objectives.names) != {"mlm", "itm"} or config.model.decoder.layers:
         freeze_unreached(module, config.model)
     if model.mim_in_batch_head is not None:
         model.mim_in_batch_head.all_ranks = config.objectives.mim_negatives == "all_ranks"
