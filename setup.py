@@ -28,6 +28,7 @@ setup(
         "pyarrow>=16",
         "safetensors>=0.4.3",
         "tokenizers>=0.22",
+        "sentencepiece>=0.2",
         "huggingface-hub>=1.0",
         "matplotlib>=3.8",
     ],

@@ -13,15 +13,17 @@ from meter_fast.kernels.segments import Segments
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+FLASH_ATTN = find_spec("flash_attn") is not None
+TORCH_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 
 
 def varlen_backend(device_type: str, dtype: torch.dtype, dropout: float) -> str:
     """Which implementation `varlen_attention` takes: "flash-attn", "torch", "triton" or "padded"."""
     if device_type != "cuda":
         return "padded"
-    if dtype in HALF and find_spec("flash_attn") is not None:
+    if dtype in HALF and FLASH_ATTN:
         return "flash-attn"
-    if dtype in HALF and dropout == 0 and find_spec("torch.nn.attention.varlen") is not None:
+    if dtype in HALF and dropout == 0 and TORCH_VARLEN:
         return "torch"
     return "triton"
 

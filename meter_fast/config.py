@@ -18,11 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from meter_fast.models.config import CLASS_TOKENS, KernelsConfig, ModelConfig
-from meter_fast.models.vision_presets import PRESETS, VisionPreset
+from meter_fast.models.config import KernelsConfig, ModelConfig
 
 T = TypeVar("T")
-ENCODER = "model.vision.name"
 FINE_TUNING = ("vqa",)  # objectives with batches of their own; the others share pairs
 
 
@@ -180,23 +178,15 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 def override(config: T, assignments: Iterable[str]) -> T:
     """A copy of `config` with `assignments` ("optim.lr=1e-4", ...) applied in order and the result checked as a whole.
 
-    The name of a vision preset, model.vision.name=swin_b_384, is applied before all others: it sets all of
-    model.vision, and the data.transform of its weights.
-
     Raises ConfigError for text without "=", an unknown key (naming the nearest one) or a value of another type."""
     table = to_dict(config)
     known = flatten(config)
-    for text in sorted(assignments, key=lambda text: not text.startswith(f"{ENCODER}=")):
+    for text in assignments:
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"{text!r}: settings are written key=value")
         if key not in known:
             raise _unknown(key, list(known))
-        if key == ENCODER and value not in CLASS_TOKENS:
-            preset = _preset(value)
-            table["model"]["vision"] = to_dict(preset.config)
-            table["data"]["transform"] = preset.transform
-            continue
         *parents, last = key.split(".")
         target, kind = table, type(config)
         for parent in parents:
@@ -206,17 +196,6 @@ def override(config: T, assignments: Iterable[str]) -> T:
     if isinstance(changed, RunConfig):
         check(changed)
     return changed
-
-
-def _preset(name: str) -> VisionPreset:
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"{ENCODER}={name}: {guess}one of {', '.join(PRESETS)}, or, where all sizes are given, of "
-            f"{', '.join(CLASS_TOKENS)}"
-        )
-    return PRESETS[name]
 
 
 def describe(config: Any, width: int = 110) -> str:

@@ -112,11 +112,6 @@ def _open(name: str, kind: type, local: bool) -> PreTrainedTokenizerFast:
             raise ValueError(
                 f"tokenizer {name!r} comes with code, which is never run: save it with a tokenizer.json"
             ) from error
-        if "sentencepiece" in reason.lower() or "tiktoken" in reason:  # the library names either, whatever is missing
-            raise ValueError(
-                f"tokenizer {name!r} has a SentencePiece vocabulary, which needs a package more: pip install "
-                "sentencepiece, or save it with a tokenizer.json where that is installed"
-            ) from error
         remedy = (
             "save it anew with save_pretrained"
             if local

@@ -1,14 +1,19 @@
 """The vision encoders of the paper by name: sizes, native resolution, weights. Knows plain values only.
 
-`model.vision.name=swin_b_384` on the command line, or `vision_preset("swin_b_384")` in Python, gives the whole
-`VisionConfig`; other `model.vision.*` settings then change single values, wherever they stand on the line. What a run
-stores is the configuration written out (the kind "swin" and all numbers), so it does not depend on this table.
+What a run stores is the configuration written out (the kind "swin" and all numbers), so it does not depend on this
+table.
 Source: METER, tables 1 to 3; names of weights: timm.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from meter_fast.models.config import VisionConfig
+from meter_fast.models.config import VisionConfig, tiny
+
+VisionChoice = Literal[
+    "default", "clip_b32_224", "clip_b16_224", "clip_l14_224", "vit_b16_384", "deit_b16_384", "deit_distilled_b16_384",
+    "cait_m36_384", "volo_d4_448", "beit_b16_224", "swin_b_224", "swin_b_384", "swin_l_224", "swin_l_384",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def _swin(width: int, heads: int, size: int, letter: str, parameters: int) -> Vi
     return VisionPreset(config, parameters, "imagenet")
 
 
-PRESETS = {
+VISION_PRESETS = {
     "clip_b32_224": _clip(32, 768, 11, 12, "base", 80_368_128),
     "clip_b16_224": _clip(16, 768, 11, 12, "base", 78_711_552),
     "clip_l14_224": _clip(14, 1024, 23, 16, "large", 290_583_552),
@@ -62,8 +67,9 @@ PRESETS = {
 }
 
 
-def vision_preset(name: str) -> VisionConfig:
-    """The configuration of the encoder `name`. Raises ValueError, naming all, for an unknown one."""
-    if name not in PRESETS:
-        raise ValueError(f"vision encoder {name!r} is unknown: use one of {', '.join(PRESETS)}")
-    return PRESETS[name].config
+def tiny_vision(choice: str) -> VisionConfig:
+    """The kind of encoder of a preset at the size of `config.tiny()`, with random weights. A VOLO has at least 9 layers
+    and a Swin 7."""
+    kind = VISION_PRESETS[choice].config.name
+    layers, heads = {"volo": (9, 4), "swin": (7, 8)}.get(kind, (3, 2))
+    return replace(tiny().vision, name=kind, layers=layers, heads=heads)

@@ -2,7 +2,7 @@
 
     deepspeed --module meter_fast.train pretrain size=base data.root=DATA run.dir=runs/base
     deepspeed --num_gpus 2 --module meter_fast.train pretrain size=tiny data.root=SCENES
-    deepspeed --module meter_fast.train pretrain size=base text=deberta_v3_base data.root=DATA
+    deepspeed --module meter_fast.train pretrain size=base vision=swin_b_384 text=deberta_v3_base data.root=DATA
 
 `base` is METER-CLIP16-RoBERTa at 288 px as published: 100,000 steps of 4096 pairs from COCO, Visual Genome, SBU and
 Conceptual Captions 3M, 8 days on 8 A100 in the paper (Dou et al. 2022, arXiv 2111.02387, section 4 and its appendix).
@@ -18,15 +18,31 @@ from typing import Literal
 from meter_fast.config import DataConfig, EngineConfig, ObjectivesConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.models import config as models
 from meter_fast.models.text_presets import TEXT_PRESETS, TextChoice, tiny_text
+from meter_fast.models.vision_presets import VISION_PRESETS, VisionChoice, tiny_vision
 
 
-def pretrain(size: Literal["tiny", "base"] = "base", text: TextChoice = "default") -> RunConfig:
+def pretrain(
+    size: Literal["tiny", "base"] = "base", vision: VisionChoice = "default", text: TextChoice = "default"
+) -> RunConfig:
     """The configuration of a pre-training run.
 
-    text: another text encoder, with everything that belongs to it: sizes and, at size base, weights and tokenizer.
+    vision, text: other encoders, with everything that belongs to them: sizes and, at size base, native resolution,
+    weights, pixel values and tokenizer.
     """
     config = base() if size == "base" else tiny()
+    config = config if vision == "default" else _with_vision(config, size, vision)
     return config if text == "default" else _with_text(config, size, text)
+
+
+def _with_vision(config: RunConfig, size: str, vision: str) -> RunConfig:
+    if size == "tiny":
+        return replace(config, model=replace(config.model, vision=tiny_vision(vision)))
+    preset = VISION_PRESETS[vision]
+    return replace(
+        config,
+        model=replace(config.model, vision=preset.config),
+        data=replace(config.data, transform=preset.transform),
+    )
 
 
 def _with_text(config: RunConfig, size: str, text: str) -> RunConfig:

@@ -1,7 +1,7 @@
 """Fine-tuning on visual question answering (VQAv2): classification over the answers that are given often.
 
     deepspeed --module meter_fast.train vqa size=base data.root=DATA run.init=PRETRAINED run.dir=runs/vqa
-    deepspeed --module meter_fast.train vqa size=base from_encoders=true data.root=DATA model.vision.name=swin_b_384
+    deepspeed --module meter_fast.train vqa size=base from_encoders=true vision=swin_b_384 data.root=DATA
     meter-fast train vqa size=tiny data.root=SCENES run.init=runs/demo/export
     meter-fast evaluate runs/vqa vqa data.root=DATA
 
@@ -23,6 +23,7 @@ from typing import Literal
 
 from meter_fast.config import DataConfig, EngineConfig, ObjectivesConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.models.text_presets import TextChoice
+from meter_fast.models.vision_presets import VisionChoice
 from meter_fast.recipes.pretrain import base as pretrained_base
 from meter_fast.recipes.pretrain import pretrain
 from meter_fast.recipes.pretrain import tiny as pretrained_tiny
@@ -32,16 +33,19 @@ TRAIN, HELD_OUT = ("arrow:vqav2_train",), ("arrow:vqav2_val",)
 
 def vqa(
     size: Literal["tiny", "base"] = "base",
+    vision: VisionChoice = "default",
     text: TextChoice = "default",
     published: Literal["true", "false"] = "false",
     from_encoders: Literal["true", "false"] = "false",
 ) -> RunConfig:
     """The configuration of a fine-tuning run.
 
-    text: as of `pretrain`, to be that of the model in run.init. published: train on the validation split, too.
+    vision, text: as of `pretrain`, to be those of the model in run.init; another `vision` comes at its native resolution,
+    which model.vision.image_size changes. published: train on the validation split, too.
     from_encoders: start from encoders alone, with the learning rates of section 4.1.1.
     """
-    config = _on_questions(pretrain(size, text), base() if size == "base" else tiny(), text)
+    config = base() if size == "base" else tiny()
+    config = _with_model(config, pretrain(size, vision, text), vision, text)
     if published == "true":
         config = replace(config, data=replace(config.data, sources=("vqa",), val_sources=()))
     if from_encoders == "true":
@@ -50,12 +54,16 @@ def vqa(
     return config
 
 
-def _on_questions(before: RunConfig, config: RunConfig, text: str) -> RunConfig:
-    """`config` with the model of the pre-training run `before`, less its heads, and its tokenizer if it is named."""
-    vision = replace(before.model.vision, image_size=config.model.vision.image_size)
-    model = replace(before.model, vision=vision, mlm_head=False, itm_head=False)
-    tokenizer = before.data.tokenizer if text != "default" and before.data.tokenizer != "trained" else None
-    return replace(config, model=model, data=replace(config.data, tokenizer=tokenizer or config.data.tokenizer))
+def _with_model(config: RunConfig, before: RunConfig, vision: str, text: str) -> RunConfig:
+    """`config` with the encoders of the pre-training run `before`, where they are named, and what belongs to them."""
+    model, data = replace(config.model, mlm_head=False, itm_head=False), config.data
+    if vision != "default":
+        model = replace(model, vision=before.model.vision)
+        data = replace(data, transform=before.data.transform)
+    if text != "default":
+        model = replace(model, text=before.model.text)
+        data = replace(data, tokenizer=data.tokenizer if before.data.tokenizer == "trained" else before.data.tokenizer)
+    return replace(config, model=model, data=data)
 
 
 def base() -> RunConfig:

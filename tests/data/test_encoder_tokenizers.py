@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import pre_tokenizers
 from transformers import AlbertTokenizer, AutoTokenizer, DebertaTokenizer, DebertaV2Tokenizer, ElectraTokenizer
 
@@ -55,12 +56,20 @@ def test_special_tokens_and_words(kind: str, pad: int, cls: int, sep: int, tmp_p
     assert words.tolist() == [0, 1, 2, 3, 3, 4, 5]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
 @pytest.mark.parametrize("form", ["bare", "with config.json"])
-@pytest.mark.parametrize(("file", "kind"), [("spm.model", "deberta-v2"), ("spiece.model", "albert")])
-def test_sentencepiece_files_name_the_package(file: str, kind: str, form: str, tmp_path: Path) -> None:
-    (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>")
+def test_sentencepiece_file_as_deberta_v3_is_published(form: str, tmp_path: Path) -> None:
+    """The ids are those of the library that the file is of, between the first and the last token; the mask comes
+    after them."""
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle is further left than the blue square"] * 50), model_writer=made,
+        vocab_size=25, pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]",
+        eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "spm.model").write_bytes(made.getvalue())
     if form != "bare":
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(ValueError, match="pip install sentencepiece"):
-        load_tokenizer(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
+    tokenizer, theirs = load_tokenizer(tmp_path), SentencePieceProcessor(model_proto=made.getvalue())
+    assert tokenizer.mask_token_id == len(tokenizer) - 1 == 25
+    for text in ("the red square", "further  left, or RED", "zebra"):
+        assert tokenizer(text)["input_ids"] == [1, *theirs.encode(text), 2]

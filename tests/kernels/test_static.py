@@ -48,8 +48,8 @@ def samples() -> dict:
 
 
 if __name__ == "__main__":
+    from benchmarks.kernel_launches import launches
     from benchmarks.kernel_static import costs
-    from benchmarks.kernels import launches
 
     cases = {"samples": samples(), "shipped": launches(quick=True)}[sys.argv[1]]
     found = [{"case": name, "problems": c.problems, **asdict(c)} for name, c in costs(cases, (80, 90))]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from partitioned import partition
 from safetensors.torch import load_file, save_file
 from text_cases import LENGTHS, build, small, texts
 from torch import nn
@@ -184,20 +185,7 @@ def test_parameters_are_used_inside_their_own_module(name: str) -> None:
     ids, mask = texts(config)
     with torch.no_grad():
         expected = encode_padded(text, ids, mask)
-        values = {parameter: parameter.data for parameter in text.parameters()}
-
-        def fill(part: nn.Module, _inputs: object) -> None:
-            for parameter in part.parameters(recurse=False):
-                parameter.data = values[parameter]
-
-        def empty(part: nn.Module, *_rest: object) -> None:
-            for parameter in part.parameters(recurse=False):
-                parameter.data = torch.empty(0)
-
-        for part in text.modules():
-            part.register_forward_pre_hook(fill)
-            part.register_forward_hook(empty)
-            empty(part)
+        partition(text)
         assert torch.equal(encode_padded(text, ids, mask), expected)
 
 

@@ -1,6 +1,7 @@
 """The vision encoders of the paper: sizes by name, tokens, pooling, resolutions, files of weights, refusals."""
 
 import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,14 @@ from golden_cases import TOLERANCE, relative
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meter_fast.config import ConfigError, from_dict, override, to_dict
+from meter_fast.config import ConfigError, from_dict, to_dict
 from meter_fast.interop import original_name
 from meter_fast.models.config import CLASS_TOKENS, FusionConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.meter import Meter, Need, Part
 from meter_fast.models.vision import build_vision
-from meter_fast.models.vision_presets import PRESETS, vision_preset
+from meter_fast.models.vision_presets import VISION_PRESETS, VisionChoice
 from meter_fast.models.weights import WeightsReport, load_vision_weights
-from meter_fast.recipes.pretrain import base
+from meter_fast.recipes import resolve
 
 TINY = {
     "clip_vit": VisionConfig("clip_vit", 32, 2, 2, 16, 64),
@@ -54,13 +55,13 @@ def meter(vision: VisionConfig) -> Meter:
 
 def test_every_kind_is_tried() -> None:
     assert set(TINY) == set(CLASS_TOKENS)
-    assert {preset.config.name for preset in PRESETS.values()} == set(CLASS_TOKENS)
+    assert {preset.config.name for preset in VISION_PRESETS.values()} == set(CLASS_TOKENS)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", VISION_PRESETS)
 def test_presets_at_native_size(name: str) -> None:
     """Built without memory: parameters as stated, tokens as configured."""
-    preset = PRESETS[name]
+    preset = VISION_PRESETS[name]
     with torch.device("meta"):
         vision = build_vision(preset.config).eval()
         tokens = vision(torch.empty(2, 3, preset.config.image_size, preset.config.image_size))
@@ -69,15 +70,30 @@ def test_presets_at_native_size(name: str) -> None:
     assert sum(parameter.numel() for parameter in vision.parameters() if parameter.requires_grad) == preset.parameters
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", VISION_PRESETS)
+def test_presets_from_224_to_576(name: str) -> None:
+    """Forward and backward at full width, without memory, at the smallest, a middle and the largest size allowed."""
+    native = VISION_PRESETS[name].config
+    for pixels in (224, 384, 576):
+        size = pixels // native.patch_size * native.patch_size
+        config = dataclasses.replace(native, image_size=size)
+        with torch.device("meta"):
+            vision = build_vision(config)
+            tokens = vision(torch.empty(1, 3, size, size))
+        assert tokens.shape == (1, config.tokens, config.width)
+        tokens.sum().backward()
+        assert all(parameter.grad is not None for parameter in vision.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", VISION_PRESETS)
 def test_presets_have_the_tensors_of_the_timm_model_that_they_name(name: str) -> None:
     """Every tensor of timm's own model, of the same shape, apart from what loading leaves out."""
-    config = vision_preset(name)
+    config, transform = VISION_PRESETS[name].config, VISION_PRESETS[name].transform
     library, tag = config.weights.split(".")
     pretrained = timm.get_pretrained_cfg(config.weights)
     assert pretrained is not None and pretrained.tag == tag
     assert pretrained.input_size[-1] == config.image_size
-    assert {"clip": 0.4815, "imagenet": 0.485, "vit": 0.5}[PRESETS[name].transform] == round(pretrained.mean[0], 4)
+    assert {"clip": 0.4815, "imagenet": 0.485, "vit": 0.5}[transform] == round(pretrained.mean[0], 4)
     with torch.device("meta"):
         theirs = timm.create_model(library, num_classes=0)
         ours = build_vision(config)
@@ -202,7 +218,11 @@ def test_drop_path_acts_in_training_only() -> None:
 
 def test_published_swin_drops_from_nothing_to_a_tenth() -> None:
     with torch.device("meta"):
-        blocks = [block for stage in build_vision(vision_preset("swin_b_384")).encoder.layers for block in stage.blocks]
+        blocks = [
+            block
+            for stage in build_vision(VISION_PRESETS["swin_b_384"].config).encoder.layers
+            for block in stage.blocks
+        ]
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
     assert rates == pytest.approx([0.1 * i / 23 for i in range(24)])
     assert {block.window_size for block in blocks} == {(12, 12)}
@@ -292,29 +312,39 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- by name, refused
 
 
+def test_every_preset_can_be_chosen() -> None:
+    assert typing.get_args(VisionChoice) == ("default", *VISION_PRESETS)
+
+
 def test_a_name_on_the_command_line_sets_the_encoder() -> None:
-    config = override(
-        base(), ["model.vision.image_size=288", "model.vision.name=swin_b_384", "model.vision.weights=none"]
-    )
-    assert config.model.vision == dataclasses.replace(vision_preset("swin_b_384"), image_size=288, weights=None)
+    config = resolve(["pretrain", "model.vision.image_size=288", "vision=swin_b_384", "model.vision.weights=none"])
+    preset = VISION_PRESETS["swin_b_384"].config
+    assert config.model.vision == dataclasses.replace(preset, image_size=288, weights=None)
     assert config.data.transform == "imagenet"
     assert from_dict(type(config), to_dict(config)) == config
-    assert override(base(), ["model.vision.name=vit_b16_384"]).data.transform == "vit"
-    assert override(base(), ["data.transform=clip", "model.vision.name=vit_b16_384"]).data.transform == "clip"
-    with pytest.raises(ConfigError, match=r"=swin_b_385: did you mean swin_b_384\? one of clip_b32_224, .* clip_vit"):
-        override(base(), ["model.vision.name=swin_b_385"])
+    assert resolve(["pretrain", "vision=vit_b16_384"]).data.transform == "vit"
+    assert resolve(["pretrain", "data.transform=clip", "vision=vit_b16_384"]).data.transform == "clip"
+    with pytest.raises(ConfigError, match=r"vision=swin_b_385: one of default, clip_b32_224, .*swin_l_384"):
+        resolve(["pretrain", "vision=swin_b_385"])
     with pytest.raises(ConfigError, match=r"model.vision.image_size=300 .*patch_size=32: use 288 or 320"):
-        override(base(), ["model.vision.name=swin_b_384", "model.vision.image_size=300"])
+        resolve(["pretrain", "vision=swin_b_384", "model.vision.image_size=300"])
     with pytest.raises(ConfigError, match=r"model.vision.layers=11 does not suit .*volo"):
-        override(base(), ["model.vision.name=volo"])
-    with pytest.raises(ValueError, match=r"'vit_b' is unknown: use one of clip_b32_224"):
-        vision_preset("vit_b")
+        resolve(["pretrain", "model.vision.name=volo"])
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", VISION_PRESETS)
+def test_tiny_run(name: str) -> None:
+    """The kind of encoder in miniature, on the grid of the drawn scenes."""
+    config = resolve(["pretrain", "size=tiny", f"vision={name}"])
+    vision = config.model.vision
+    assert (vision.name, vision.grid, vision.weights) == (VISION_PRESETS[name].config.name, 3, None)
+    assert build_vision(vision)(torch.zeros(1, 3, 96, 96)).shape == (1, vision.tokens, 128)
+
+
+@pytest.mark.parametrize("name", VISION_PRESETS)
 def test_resolutions(name: str) -> None:
     """Every multiple of the token's side from 224 to 576 px; the rest is refused with the nearest sizes."""
-    config = vision_preset(name)
+    config = VISION_PRESETS[name].config
     for size in range(224, 577):
         below = size // config.patch_size * config.patch_size
         if size == below:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from partitioned import partition
 from small_case import small_batch, small_model
 from torch import nn
 
@@ -95,20 +96,7 @@ def test_parameters_are_used_inside_their_own_module(fusion: str) -> None:
     module = JointLoss(model).eval()
     with torch.no_grad():
         expected = module(batch).loss.item()
-        values = {parameter: parameter.data for parameter in model.parameters()}
-
-        def fill(part: nn.Module, _inputs: object) -> None:
-            for parameter in part.parameters(recurse=False):
-                parameter.data = values[parameter]
-
-        def empty(part: nn.Module, *_rest: object) -> None:
-            for parameter in part.parameters(recurse=False):
-                parameter.data = torch.empty(0)
-
-        for part in model.modules():
-            part.register_forward_pre_hook(fill)
-            part.register_forward_hook(empty)
-            empty(part)
+        partition(model)
         assert module(batch).loss.item() == expected
 
 

@@ -70,10 +70,11 @@ def settings(data: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def losses(run_dir: Path) -> dict[int, tuple[float, float, float]]:
-    """Step -> (mlm, itm, gradient norm), every digit that was written."""
+def losses(run_dir: Path) -> dict[int, tuple[float, ...]]:
+    """Step -> (loss of each objective ..., gradient norm), every digit that was written."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: (r["loss"]["mlm"], r["loss"]["itm"], r["grad_norm"]) for r in rows if "loss" in r}
+    names = [name for name in next(r["loss"] for r in rows if "loss" in r) if name != "total"]
+    return {r["step"]: (*(r["loss"][n] for n in names), r["grad_norm"]) for r in rows if "loss" in r}
 
 
 def samples(run_dir: Path, world: int) -> dict[int, list[int]]:
@@ -110,4 +111,4 @@ def worst(one: dict[int, tuple], other: dict[int, tuple]) -> float:
     """Largest relative difference of the losses over the steps that both have."""
     steps = one.keys() & other.keys()
     assert len(steps) >= 5
-    return max(abs(a - b) / abs(b) for s in steps for a, b in zip(one[s][:2], other[s][:2]))
+    return max(abs(a - b) / abs(b) for s in steps for a, b in zip(one[s][:-1], other[s][:-1], strict=True))

@@ -12,7 +12,7 @@ from meter_fast.interop import original_name
 from meter_fast.models import config as models
 from meter_fast.models.meter import Meter
 from meter_fast.models.text_presets import TEXT_PRESETS
-from meter_fast.models.vision_presets import vision_preset
+from meter_fast.models.vision_presets import VISION_PRESETS
 from meter_fast.recipes import resolve
 from meter_fast.training.layer_decay import layers_above
 from meter_fast.training.optimizer import Schedule, parameter_groups, shown_rates
@@ -33,7 +33,7 @@ def depths(config: models.ModelConfig, part: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", VISION)
 def test_vision_layers(name: str) -> None:
     """Every depth from the embeddings to the top is there, and a block's parameters are all at one depth."""
-    found = depths(replace(models.base(), vision=vision_preset(name)), "vision.")
+    found = depths(replace(models.base(), vision=VISION_PRESETS[name].config), "vision.")
     count = LAYERS.get(name, 12)
     assert set(found.values()) == set(range(count + 1))
     assert {above for part, above in found.items() if "patch_embed" in part} == {count}
@@ -64,7 +64,7 @@ def test_vision_layers(name: str) -> None:
     ],
 )
 def test_places(parameter: str, name: str, above: int) -> None:
-    assert layers_above(parameter, replace(models.base(), vision=vision_preset(name))) == above
+    assert layers_above(parameter, replace(models.base(), vision=VISION_PRESETS[name].config)) == above
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -12,7 +12,7 @@ from meter_fast.config import OptimConfig
 from meter_fast.interop import original_name, original_names
 from meter_fast.models import config as models
 from meter_fast.models.meter import Meter
-from meter_fast.models.vision_presets import vision_preset
+from meter_fast.models.vision_presets import VISION_PRESETS
 from meter_fast.objectives.joint import JointLoss
 from meter_fast.training.optimizer import AdamW, Schedule, group_of, parameter_groups
 
@@ -92,7 +92,7 @@ def test_groups_of_full_size_models_by_published_name(name):
     ("name", "config"),
     [
         ("clip16_roberta_pretrain", models.base()),
-        ("swinbase_roberta_pretrain", dataclasses.replace(models.base(), vision=vision_preset("swin_b_384"))),
+        ("swinbase_roberta_pretrain", dataclasses.replace(models.base(), vision=VISION_PRESETS["swin_b_384"].config)),
     ],
 )
 def test_groups_of_full_size_models(name: str, config: models.ModelConfig):
