@@ -40,15 +40,17 @@ def vqa(
 ) -> RunConfig:
     """The configuration of a fine-tuning run.
 
-    vision, text: as of `pretrain`, to be those of the model in run.init; another `vision` comes at its native resolution,
-    which model.vision.image_size changes. published: train on the validation split, too.
-    from_encoders: start from encoders alone, with the learning rates of section 4.1.1.
+    vision, text: as of `pretrain`, to be those of the model in run.init. Another `vision` comes at its native
+    resolution, which model.vision.image_size changes. published: train on the validation split, too.
+    from_encoders: start from encoders alone, at size base with the learning rates of section 4.1.1.
     """
     config = base() if size == "base" else tiny()
     config = _with_model(config, pretrain(size, vision, text), vision, text)
     if published == "true":
         config = replace(config, data=replace(config.data, sources=("vqa",), val_sources=()))
-    if from_encoders == "true":
+    if from_encoders == "true" and size == "tiny":  # its encoders have no weights: all starts at random
+        config = replace(config, data=replace(config.data, tokenizer="trained"))
+    elif from_encoders == "true":
         rates = replace(config.optim, lr=1e-5, head_multiplier=10.0, cross_modal_multiplier=10.0)  # 1e-5 and 1e-4
         config = replace(config, optim=rates)
     return config
