@@ -33,19 +33,22 @@ def parser() -> argparse.ArgumentParser:
     scenes.set_defaults(run=data_scenes)
 
     train = commands.add_parser("train", help="train in one process; on several: deepspeed --module meter_fast.train")
-    train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain")
+    train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain; ablation: a table of the paper")
     train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example: size=tiny optim.lr=1e-4")
     train.set_defaults(run=run_training)
 
-    evaluate = commands.add_parser("evaluate", help="scores of a model on held-out pairs or questions")
+    evaluate = commands.add_parser("evaluate", help="scores of a model on held-out pairs or questions, or in retrieval")
     evaluate.add_argument(
         "model", metavar="RUN_OR_EXPORT", type=Path, help="run directory, export folder or METER .ckpt"
     )
-    evaluate.add_argument("task", choices=["pretrain", "vqa"], metavar="TASK", help="pretrain or vqa")
+    evaluate.add_argument(
+        "task", choices=["pretrain", "vqa", "retrieval"], metavar="TASK", help="pretrain, vqa or retrieval"
+    )
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA data.val_split=test"
     )
     evaluate.add_argument("--pairs", type=int, metavar="N", help="score N pairs (default: all)")
+    evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval: among N pictures (default: all)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     evaluate.set_defaults(run=evaluate_model)
 
@@ -88,6 +91,10 @@ def data_scenes(arguments: argparse.Namespace) -> None:
 
 
 def run_training(arguments: argparse.Namespace) -> int | None:
+    if arguments.recipe == "ablation":
+        from meter_fast.ablation import main as ablation
+
+        return ablation(arguments.settings)
     from meter_fast.recipes import resolve
 
     command = [arguments.recipe, *arguments.settings]
@@ -108,20 +115,36 @@ def run_training(arguments: argparse.Namespace) -> int | None:
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
+    if (arguments.pairs if arguments.task == "retrieval" else arguments.pictures) is not None:
+        raise ValueError("--pictures goes with the task retrieval, --pairs with the others")
+    if arguments.task == "retrieval":
+        return evaluate_recall(arguments)
     from meter_fast.evaluate import evaluate_split
 
     if arguments.pairs is not None and arguments.pairs < 2:
         raise ValueError(f"--pairs {arguments.pairs}: give 2 or more")
     scores = evaluate_split(arguments.model, arguments.task, arguments.settings, arguments.pairs)
-    for objective in ("mlm", "itm"):
-        if objective in scores:
-            row = scores[objective]
+    for objective, row in scores.items():
+        if isinstance(row, dict) and "accuracy" in row:
             print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
     for kind, row in scores.get("vqa", {}).items():
         other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"
         print(f"vqa {kind:<15}  score {100 * row['score']:.2f} %{other}  of {row['count']:,}")
     noun = "questions" if "vqa" in scores else "pairs"
     print(f"split {scores['split']}, {scores['pairs']:,} {noun}, skipped {scores['skipped'] or 'none'}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate_recall(arguments: argparse.Namespace) -> None:
+    from meter_fast.retrieval import evaluate_retrieval, lines
+
+    if arguments.pictures is not None and arguments.pictures < 2:
+        raise ValueError(f"--pictures {arguments.pictures}: give 2 or more")
+    scores = evaluate_retrieval(
+        arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True)
+    )
+    print("\n".join(lines(scores)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 

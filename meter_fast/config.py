@@ -53,10 +53,13 @@ class DataConfig:
 class ObjectivesConfig:
     """What the model is trained on."""
 
-    names: tuple[Literal["mlm", "itm", "vqa"], ...] = ("mlm", "itm")
+    names: tuple[Literal["mlm", "itm", "mim_in_batch", "mim_codes", "vqa"], ...] = ("mlm", "itm")
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
+    mim_probability: float = 0.15  # of a picture's cells; rounded to whole ones, at least one
+    mim_negatives: Literal["batch", "all_ranks"] = "batch"  # whose cells are the candidates of mim_in_batch
+    image_tokenizer: str = ""  # for mim_codes: an export folder of one, or a file of the published DALL-E encoder
 
 
 @dataclass(frozen=True)
@@ -229,10 +232,18 @@ def check(config: RunConfig) -> None:
         (data.prefetch >= 1, "data.prefetch", data.prefetch, "1 or more"),
         (data.val_pairs >= 2, "data.val_pairs", data.val_pairs, "2 or more"),
         (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share between 0 and 1"),
-        (bool(objectives.names), "objectives.names", objectives.names, "name at least one of mlm, itm"),
+        (bool(objectives.names), "objectives.names", objectives.names,
+         "name at least one of mlm, itm, mim_in_batch, mim_codes"),
         (len(set(objectives.names)) == len(objectives.names), "objectives.names", objectives.names, "each once"),
         (0 < objectives.mlm_probability < 1, "objectives.mlm_probability", objectives.mlm_probability,
          "between 0 and 1"),
+        (0 < objectives.mim_probability < 1, "objectives.mim_probability", objectives.mim_probability,
+         "between 0 and 1"),
+        (config.model.vision.grid > 1 or not {"mim_in_batch", "mim_codes"} & set(objectives.names),
+         "model.vision.image_size", config.model.vision.image_size,
+         "masked image modelling needs two cells or more along a side: at least twice model.vision.patch_size"),
+        (bool(objectives.image_tokenizer) or "mim_codes" not in objectives.names, "objectives.image_tokenizer",
+         objectives.image_tokenizer, "mim_codes needs one: name an export folder or a file of the DALL-E encoder"),
         (math.isfinite(optim.lr) and optim.lr >= 0, "optim.lr", optim.lr, "0 or more"),
         (0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "above 0 and at most 1 (off)"),
         (all(0 <= b < 1 for b in optim.betas), "optim.betas", optim.betas, "between 0 and 1"),

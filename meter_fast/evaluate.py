@@ -27,6 +27,7 @@ from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss
 from meter_fast.recipes import resolve
 from meter_fast.score_vqa import score_questions
+from meter_fast.training.masked_images import open_cells
 
 
 @torch.inference_mode()
@@ -105,6 +106,7 @@ def evaluate_split(
             workers=data.workers,
             max_bad_share=data.max_bad_share,
             max_image_pixels=data.max_image_pixels,
+            cells=open_cells(objectives, model.config.vision, transform, device),
         )
         scores = evaluate_pretraining(JointLoss(model.to(device), objectives.names), loader, device)
     finally:

@@ -73,19 +73,14 @@ def held_out_blocks(
     that cannot be read are left out with their captions and counted in `skipped` by cause, and so are captions that are
     no text. A block has two pictures or more. Raises ValueError if there are fewer than two good ones.
     """
-    items = np.argsort(sources.image_ids(np.arange(len(sources))), kind="stable")
-    ids = sources.image_ids(items)
-    groups = np.split(items, np.flatnonzero(np.diff(ids)) + 1)
-    if max_pictures is not None and max_pictures < len(groups):
-        groups = [groups[i] for i in np.linspace(0, len(groups) - 1, max(2, max_pictures)).round().astype(int)]
     kept: list[tuple[Tensor, list[str]]] = []
-    for group in groups:
+    for group in samples_by_picture(sources, max_pictures):
         try:
-            pixels = _read_picture(sources.read(int(group[0])).image, backend, max_pixels)
+            pixels = read_picture(sources.read(int(group[0])).image, backend, max_pixels)
         except BadImage as error:
             skipped[error.cause] += 1
             continue
-        captions = _read_captions(sources, group, skipped, naming)
+        captions = read_captions(sources, group, skipped, naming)
         if captions:
             kept.append((pixels, captions))
         if len(kept) == pictures_per_block + 2:  # two stay behind, so that the last block has two or more
@@ -98,7 +93,17 @@ def held_out_blocks(
     yield _encode_block(model, kept)
 
 
-def _read_picture(encoded: np.ndarray, backend: ImageBackend, max_pixels: int) -> Tensor:
+def samples_by_picture(sources, max_pictures: int | None = None) -> list[np.ndarray]:
+    """For each picture of `sources`, in the order of their ids, its samples [n] int64. max_pictures: take that many (2
+    at least), spread evenly."""
+    items = np.argsort(sources.image_ids(np.arange(len(sources))), kind="stable")
+    groups = np.split(items, np.flatnonzero(np.diff(sources.image_ids(items))) + 1)
+    if max_pictures is not None and max_pictures < len(groups):
+        groups = [groups[i] for i in np.linspace(0, len(groups) - 1, max(2, max_pictures)).round().astype(int)]
+    return groups
+
+
+def read_picture(encoded: np.ndarray, backend: ImageBackend, max_pixels: int) -> Tensor:
     """One encoded picture -> [3,S,S]. Raises BadImage."""
     check_image(encoded, max_pixels)
     try:
@@ -107,7 +112,9 @@ def _read_picture(encoded: np.ndarray, backend: ImageBackend, max_pixels: int) -
         return backend.decode_one(encoded)
 
 
-def _read_captions(sources, items: np.ndarray, skipped: Counter, naming: Sequence[str]) -> list[str]:
+def read_captions(sources, items: np.ndarray, skipped: Counter, naming: Sequence[str] = ()) -> list[str]:
+    """The captions of samples `items`, those with one of the phrases `naming` if there are any; what is no text is
+    counted in `skipped` by cause."""
     captions = []
     for item in items:
         try:
@@ -307,7 +314,7 @@ def glimpse(model: Meter, tokenizer, sources, backend: ImageBackend, number: int
     parameters are partitioned, every rank calls it with the same number."""
     sample = sources.read(number % len(sources))
     try:
-        pixels = _read_picture(sample.image, backend, DEFAULT_MAX_PIXELS)
+        pixels = read_picture(sample.image, backend, DEFAULT_MAX_PIXELS)
         caption = check_caption(sample.text)[:MAX_CHARACTERS]
     except (BadImage, BadCaption):
         return None

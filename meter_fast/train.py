@@ -281,8 +281,10 @@ def build(config: RunConfig, this: World, start: Start) -> JointLoss:
     if this.is_main:
         load_weights(model, config, start)
     module = JointLoss(model, config.objectives.names)
-    if len(config.objectives.names) < 2:
+    if set(config.objectives.names) != {"mlm", "itm"}:
         freeze_unreached(module, config.model)
+    if model.mim_in_batch_head is not None:
+        model.mim_in_batch_head.all_ranks = config.objectives.mim_negatives == "all_ranks"
     return module
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import mix
@@ -19,8 +20,8 @@ from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 
 NEGATIVES = ("batch", "dataset")
-# What a random number is for: each purpose has its own stream (1 is REPLACE of samples.py).
-_COIN, _FALSE_PICTURE, _MASK = 2, 3, 4
+# What a random number is for: each purpose has its own stream (1 is REPLACE of samples.py, 5 orders held-out splits).
+_COIN, _FALSE_PICTURE, _MASK, _HIDE_CELLS = 2, 3, 4, 6
 
 
 class Assembler:
@@ -29,6 +30,7 @@ class Assembler:
     negatives: "batch", the false picture of a pair (2i, 2i+1) is the partner's, or "dataset", it is drawn uniformly
     from all (picture, caption) items, as published (so once in a while it is the true picture).
     replace: put another sample in place of a bad one (training); False leaves it out (evaluation).
+    cells: hide cells of the pictures, for masked image modelling.
     Raises ValueError for an unknown kind of negatives.
     """
 
@@ -41,10 +43,11 @@ class Assembler:
         negatives: str = "batch",
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
+        cells: CellMasking | None = None,
     ):
         if negatives not in NEGATIVES:
             raise ValueError(f"objectives.itm_negatives={negatives!r}: choose one of {', '.join(NEGATIVES)}")
-        self.sources, self.text = sources, text
+        self.sources, self.text, self.cells = sources, text, cells
         self.seed, self.negatives = seed, negatives
         self._reader = SampleReader(sources, images, seed, max_image_pixels, replace)
 
@@ -68,6 +71,9 @@ class Assembler:
             except DecodeFailed:
                 continue
             fields = self._texts(chosen, positions[kept])
+            if self.cells is not None:
+                chance = _PositionRandom(self.seed, _HIDE_CELLS)
+                fields |= self.cells.fields(images, (chance.at(position) for position in positions[kept].tolist()))
             return Prepared(
                 PretrainBatch(
                     images=images,

@@ -2,7 +2,7 @@
 
 Knows the shapes and types that the loader fills and the objectives read. Knows nothing of files, models or devices
 beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and W pixels,
-N distinct pictures, A answers.
+N distinct pictures, A answers, G cells of a picture along one side.
 """
 
 from dataclasses import dataclass, fields
@@ -27,6 +27,12 @@ class PretrainBatch:
     sample_ids     [B] int64, which samples these are, after the replacement of bad ones
     text_rows      [N] int64, the real tokens as rows of a [B*L] view, ascending; None: whoever needs them finds them
                    in `text_mask`, which on a GPU means waiting for it
+
+    For masked image modelling, of a picture cut into cells as the vision encoder's tokens are; else None:
+
+    cell_mask      [B,G,G] bool, True on the cells that are hidden
+    cell_rows      [M] int64, the hidden cells as rows of a [B*G*G] view, ascending; equally many in each picture
+    cell_codes     [M] int64, what an image tokenizer says of the cells at `cell_rows`
     """
 
     images: Tensor
@@ -40,6 +46,9 @@ class PretrainBatch:
     false_images: Tensor | None
     sample_ids: Tensor
     text_rows: Tensor | None = None
+    cell_mask: Tensor | None = None
+    cell_rows: Tensor | None = None
+    cell_codes: Tensor | None = None
 
     def __len__(self) -> int:
         """B, the number of pairs."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from meter_fast.data.assemble import Assembler
+from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices, part_pairs, permute
@@ -148,7 +149,8 @@ class PretrainLoader(TrainingLoader):
     """The micro-batches of (picture, caption) pairs of one rank.
 
     rank, world, micro_batch, accumulation: must divide order's global batch (micro_slices). max_image_pixels: larger
-    pictures count as bad. The rest: see TrainingLoader. Raises OrderError or ValueError for numbers that do not fit.
+    pictures count as bad. cells: for masked image modelling. The rest: see TrainingLoader. Raises OrderError or
+    ValueError for numbers that do not fit.
     """
 
     def __init__(
@@ -168,13 +170,14 @@ class PretrainLoader(TrainingLoader):
         prefetch: int = 2,
         max_bad_share: float = 0.01,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        cells: CellMasking | None = None,
     ):
         if negatives == "batch" and not order.parts_pairs:
             raise OrderError(
                 "objectives.itm_negatives=batch needs an order that was made with image_ids=sources.image_ids"
             )
         slices = micro_slices(order.global_batch, world, micro_batch, rank, accumulation, negatives == "batch")
-        assembler = Assembler(sources, text, images, seed, negatives, max_image_pixels)
+        assembler = Assembler(sources, text, images, seed, negatives, max_image_pixels, cells=cells)
         super().__init__(order, assembler, slices, workers, prefetch, max_bad_share)
 
 
@@ -253,13 +256,14 @@ class EvaluationLoader(SplitLoader):
         workers: int = 0,
         max_bad_share: float = 0.01,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        cells: CellMasking | None = None,
     ):
         count = len(sources) if limit is None else min(limit, len(sources))
         samples = permute(np.arange(count), len(sources), (seed, _EVALUATION))
         even = count - count % 2
         samples[:even] = part_pairs(samples[:even], sources.image_ids(samples[:even]), 0)
         shares = evaluation_shares(count, batch_size, rank, world)
-        assembler = Assembler(sources, text, images, seed, "batch", max_image_pixels, replace=False)
+        assembler = Assembler(sources, text, images, seed, "batch", max_image_pixels, False, cells)
         super().__init__(samples, shares, assembler, workers, max_bad_share)
 
 

@@ -47,6 +47,12 @@ HEADS = {
         for ours, theirs in (("dense", 0), ("norm", 1), ("out", 3))
         for kind in ("weight", "bias")
     },
+    **{
+        f"{head}_head.{part}{kind}": f"{head}_score.{part}{kind}"
+        for head, parts in (("mim_in_batch", ("dense.", "norm.", "cell.", "cell_norm.")), ("mim_codes", ("",)))
+        for part in parts
+        for kind in ("weight", "bias")
+    },
 }
 
 
@@ -56,8 +62,8 @@ HEAD_NAMES = tuple(sorted({name.split(".")[0] + "." for name in HEADS.values()})
 def original_names(name: str) -> tuple[str, ...]:
     """Published names of one of our parameters, in the order in which they are stacked. A leading "model." is allowed.
 
-    Layers of merged attention were never published; theirs are written in the same style, so that groups can be decided
-    on them. Raises ValueError if the model has no such parameter.
+    Layers of merged attention and heads of masked image modelling were never published; theirs are written in the same
+    style, so that groups can be decided on them. Raises ValueError if the model has no such parameter.
     """
     name = name.removeprefix("model.")
     top, _, rest = name.partition(".")

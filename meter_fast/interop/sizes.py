@@ -77,6 +77,8 @@ def infer_config(
         ),
         mlm_head=any(key.startswith("mlm_score.") for key in state),
         itm_head=any(key.startswith("itm_score.") for key in state),
+        mim_in_batch_head=any(key.startswith("mim_in_batch_score.") for key in state),
+        mim_codes_head=len(state["mim_codes_score.weight"]) if "mim_codes_score.weight" in state else 0,
         vqa_answers=len(state.get(VQA_OUT, ())),
     )
 

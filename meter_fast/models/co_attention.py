@@ -120,10 +120,12 @@ class CoAttentionLayer(nn.Module):
         need: Need = Need.ALL,
         image_attended: Tensor | None = None,
         record: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """text [P,L,D] or [N,D], image [P,V,D] -> (text, image), cut down to the rows needed."""
         first = need is Need.CLS
-        new_text = self.text(text, image, text_side, image_side, first, record=record)
+        new_text = None
+        if need is not Need.IMAGE or record is not None:  # a record is of what the text reads
+            new_text = self.text(text, image, text_side, image_side, first, record=record)
         if need is Need.TEXT:
             return new_text, None
         return new_text, self.image(image, text, image_side, text_side, first and not self.image_mean, image_attended)
@@ -181,6 +183,8 @@ class CoAttention(Fusion):
 
     def _last_layer(self, need: Need, text: Tensor, image: Tensor, side: Side, record: list[Tensor] | None) -> Fused:
         text, new_image = self._run(self.layers[-1], text, image, side, Side.images(image), need, None, record)
+        if need is Need.IMAGE:
+            return Fused(None, new_image, None, record)
         if need is not Need.CLS:
             text = side.padded(text)
         if need is Need.TEXT:

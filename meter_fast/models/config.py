@@ -171,7 +171,8 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model; `mlm_head` and `itm_head` say which pre-training heads it has.
+    """A whole model; `mlm_head`, `itm_head`, ... say which pre-training heads it has. mim_codes_head: number of codes
+    of the image tokenizer, 0 for no head.
 
     vqa_answers: answers that the head of visual question answering chooses from (3129 in VQAv2); 0: no such head.
     init_std: of the matrices and embeddings that start at random; 0.02 as published, which suits a width of 768. Narrow
@@ -183,6 +184,8 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     mlm_head: bool = True
     itm_head: bool = True
+    mim_in_batch_head: bool = False
+    mim_codes_head: int = 0
     vqa_answers: int = 0
     init_std: float = 0.02
 

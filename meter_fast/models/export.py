@@ -47,12 +47,23 @@ def save_export(
     own = model.state_dict()
     if state is not None and set(state) != set(own):
         raise ValueError(f"the state to export is not that of the model: {sorted(set(state) ^ set(own))[:4]} differ")
+    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(_without_sources(model.config))}
+    return write_export(folder, state or own, description, tokenizer_folder, answers)
+
+
+def write_export(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    description: dict[str, object],
+    tokenizer_folder: str | Path | None = None,
+    answers: str | None = None,
+) -> Path:
+    """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced."""
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in (state or own).items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     save_file(tensors, hidden / WEIGHTS, metadata={"format": "pt"})
-    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(_without_sources(model.config))}
     (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if tokenizer_folder is not None:
         shutil.copytree(tokenizer_folder, hidden / TOKENIZER)

@@ -21,6 +21,17 @@ READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, LookupError, Attribu
 def read_checkpoint(path: str | Path, inert: Sequence[tuple[type, str]] = ()) -> dict:
     """What a file holds: a dict of tensors (on the CPU), or the dict that a training program saved around them.
 
+    inert and errors: as for `read_content`; anything but a dict is one.
+    """
+    content = read_content(path, inert)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors: is it a checkpoint?")
+    return content
+
+
+def read_content(path: str | Path, inert: Sequence[tuple[type, str]] = ()) -> object:
+    """What a file holds: tensors (on the CPU), plain containers, and objects of the classes in `inert`.
+
     inert: (class, full name) pairs: where the file names such a class, the harmless class given is used in its place.
     Raises ValueError, naming the file and the remedy: no such file, a folder, empty, damaged, or one that asks to run
     code.
@@ -36,7 +47,7 @@ def read_checkpoint(path: str | Path, inert: Sequence[tuple[type, str]] = ()) ->
         return read_torchscript(path)
     try:
         with torch.serialization.safe_globals(list(inert)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was not opened: {_why_refused(path, inert)}. Nothing of it was run. If you trust its "
@@ -46,9 +57,6 @@ def read_checkpoint(path: str | Path, inert: Sequence[tuple[type, str]] = ()) ->
         raise ValueError(
             f"{path} is no readable PyTorch file ({_short(error)}): is it damaged? copy it again"
         ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors: is it a checkpoint?")
-    return content
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

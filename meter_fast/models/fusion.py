@@ -22,6 +22,7 @@ class Need(Enum):
 
     ALL = "all"  # every text row, every image row, cls
     TEXT = "text"  # every text row
+    IMAGE = "image"  # every image row, class tokens included
     CLS = "cls"  # cls only: the first row of each side (of the image, the mean where it has no class token), pooled
 
 

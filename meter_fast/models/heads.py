@@ -52,6 +52,29 @@ class ItmHead(nn.Linear):
         super().__init__(2 * width, 2)
 
 
+class MimInBatchHead(nn.Module):
+    """h and c of the paper's equation 2: what the model says stands in a cell of the picture, and what a cell holds.
+
+    h is dense, GELU, LayerNorm, as in the MLM head; c is one linear layer over the cell's own pixels, and LayerNorm.
+    Scores are h·c / sqrt(D): products of two normed vectors grow with D, and softmax would begin saturated. all_ranks:
+    whether the cells of all processes are candidates.
+    """
+
+    def __init__(self, width: int, cell_values: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.cell = nn.Linear(cell_values, width)
+        # No bias: what all candidates share, softmax does not see. This eps bears cells whose vector is 0.
+        self.cell_norm = nn.LayerNorm(width, bias=False)
+        self.all_ranks = False
+
+    def forward(self, rows: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [M,D], pixels of cells [N,3*P*P] -> (h / sqrt(D) [M,D], c [N,D])."""
+        said = self.norm(F.gelu(self.dense(rows))) * rows.shape[1] ** -0.5
+        return said, self.cell_norm(self.cell(cells))
+
+
 class AnswerHead(nn.Module):
     """cls [B,2D] -> logits [B,A] of the answers: dense 2D, LayerNorm eps 1e-5, GELU, dense A."""
 

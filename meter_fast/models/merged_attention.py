@@ -36,8 +36,8 @@ class MergedLayer(nn.Module):
     def forward(
         self, x: Tensor, side: Side, images: int, need: Need = Need.ALL, record: list[Tensor] | None = None
     ) -> Tensor:
-        """x [P,V+L,D], of which the first `images` tokens are the picture's -> all of them, the text's [P,L,D], or the
-        rows that cls is made of: the picture's and the first of the text [P,2 or V+1,D].
+        """x [P,V+L,D], of which the first `images` tokens are the picture's -> all of them, the picture's [P,V,D],
+        the text's [P,L,D], or the rows that cls is made of: the picture's and the first of the text [P,2 or V+1,D].
 
         Attention weights from text to picture [P,H,L,V] are added to `record`; with Need.CLS those of the first text
         token.
@@ -45,6 +45,8 @@ class MergedLayer(nn.Module):
         own = None
         if need is Need.TEXT:
             own = x[:, images:]
+        elif need is Need.IMAGE:
+            own = x[:, :images]
         elif need is Need.CLS:
             own = torch.cat([x[:, : images if self.image_mean else 1], x[:, images : images + 1]], dim=1)
         if record is not None:
@@ -91,6 +93,8 @@ class MergedAttention(Fusion):
         x = self._run(self.layers[-1], x, side, images, need, record)
         if need is Need.TEXT:
             return Fused(x, None, None, record)
+        if need is Need.IMAGE:
+            return Fused(None, x, None, record)
         if need is Need.CLS and not self.image_mean:
             images = 1
         image, text = x.split([images, x.shape[1] - images], dim=1)

@@ -13,7 +13,7 @@ from meter_fast.kernels.cross_attention.reference import is_fused
 from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import KernelsConfig, ModelConfig
 from meter_fast.models.fusion import Fused, Need, Part
-from meter_fast.models.heads import AnswerHead, ItmHead, MlmHead, init_new_weights
+from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, init_new_weights
 from meter_fast.models.merged_attention import MergedAttention
 from meter_fast.models.packing import Packing
 from meter_fast.models.text import build_text, can_pack, encode_packed, encode_padded, set_text_checkpointing
@@ -53,8 +53,14 @@ class Meter(nn.Module):
             MlmHead(config.fusion.width, config.text.vocab_size, kernels.mlm_loss) if config.mlm_head else None
         )
         self.itm_head = ItmHead(config.fusion.width) if config.itm_head else None
+        cell_values = 3 * config.vision.patch_size**2
+        self.mim_in_batch_head = MimInBatchHead(config.fusion.width, cell_values) if config.mim_in_batch_head else None
+        self.mim_codes_head = (
+            Decoder(config.fusion.width, config.mim_codes_head, kernels.mlm_loss) if config.mim_codes_head else None
+        )
         self.vqa_head = AnswerHead(config.fusion.width, config.vqa_answers) if config.vqa_answers else None
-        for module in (self.fusion, self.mlm_head, self.itm_head, self.vqa_head):
+        heads = (self.mlm_head, self.itm_head, self.mim_in_batch_head, self.mim_codes_head, self.vqa_head)
+        for module in (self.fusion, *heads):
             if module is not None:
                 init_new_weights(module, config.init_std)
         for encoder, given in ((self.vision, config.vision.weights), (self.text, config.text.weights)):

@@ -20,10 +20,16 @@ from torch import Tensor, nn
 from meter_fast.data.batch import Batch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import itm, mlm, vqa
+from meter_fast.objectives import itm, mim_codes, mim_in_batch, mlm, vqa
 from meter_fast.objectives.reading import Reading
 
-OBJECTIVES: dict[str, ModuleType] = {"mlm": mlm, "itm": itm, "vqa": vqa}
+OBJECTIVES: dict[str, ModuleType] = {
+    "mlm": mlm,
+    "itm": itm,
+    "mim_in_batch": mim_in_batch,
+    "mim_codes": mim_codes,
+    "vqa": vqa,
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ class JointLoss(nn.Module):
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives.names has {name!r}: known are {', '.join(OBJECTIVES)}")
             if getattr(model, OBJECTIVES[name].HEAD) is None:
-                raise ValueError(
-                    f"objective {name!r} needs a head that the model lacks: set "
-                    + ("model.vqa_answers=NUMBER" if name == "vqa" else f"model.{OBJECTIVES[name].HEAD}=true")
+                setting = {"vqa": "vqa_answers=NUMBER", "mim_codes": "mim_codes_head=NUMBER"}.get(
+                    name, f"{OBJECTIVES[name].HEAD}=true"
                 )
+                raise ValueError(f"objective {name!r} needs a head that the model lacks: set model.{setting}")
         if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(f"objectives.names={tuple(objectives)}: name at least one objective, each once")
         self.model = model

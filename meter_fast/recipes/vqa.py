@@ -40,12 +40,10 @@ def vqa(
 ) -> RunConfig:
     """The configuration of a fine-tuning run.
 
-    vision, text: as of `pretrain`, to be those of the model in run.init. Another `vision` comes at its native
-    resolution, which model.vision.image_size changes. published: train on the validation split, too.
+    vision, text: as of `pretrain`, to be those of the model in run.init. published: train on the validation split, too.
     from_encoders: start from encoders alone, at size base with the learning rates of section 4.1.1.
     """
-    config = base() if size == "base" else tiny()
-    config = _with_model(config, pretrain(size, vision, text), vision, text)
+    config = _on_questions(pretrain(size, vision, text), base() if size == "base" else tiny(), text)
     if published == "true":
         config = replace(config, data=replace(config.data, sources=("vqa",), val_sources=()))
     if from_encoders == "true" and size == "tiny":  # its encoders have no weights: all starts at random
@@ -56,15 +54,16 @@ def vqa(
     return config
 
 
-def _with_model(config: RunConfig, before: RunConfig, vision: str, text: str) -> RunConfig:
-    """`config` with the encoders of the pre-training run `before`, where they are named, and what belongs to them."""
-    model, data = replace(config.model, mlm_head=False, itm_head=False), config.data
-    if vision != "default":
-        model = replace(model, vision=before.model.vision)
-        data = replace(data, transform=before.data.transform)
-    if text != "default":
-        model = replace(model, text=before.model.text)
-        data = replace(data, tokenizer=data.tokenizer if before.data.tokenizer == "trained" else before.data.tokenizer)
+def _on_questions(before: RunConfig, config: RunConfig, text: str) -> RunConfig:
+    """`config` with the model of the pre-training run `before`, less its heads, and what belongs to its encoders.
+
+    The picture's side is the nearest below that its tokens divide: 574 of 576 with patches of 14.
+    """
+    vision, side = before.model.vision, config.model.vision.image_size
+    vision = replace(vision, image_size=side // vision.patch_size * vision.patch_size)
+    model = replace(before.model, vision=vision, mlm_head=False, itm_head=False)
+    tokenizer = before.data.tokenizer if text != "default" and before.data.tokenizer != "trained" else None
+    data = replace(config.data, tokenizer=tokenizer or config.data.tokenizer, transform=before.data.transform)
     return replace(config, model=model, data=data)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from meter_fast.config import OptimConfig
 
-HEADS = ("vqa_classifier", "nlvr2_classifier", "mlm_score", "itm_score", "snli_classifier")
+HEADS = ("vqa_classifier", "nlvr2_classifier", "mlm_score", "itm_score", "snli_classifier", "mim_in_batch_score",
+         "mim_codes_score")  # fmt: skip
 FUSION = "cross_modal"
 GROUPS = ("rest", "rest_no_decay", "heads", "heads_no_decay", "fusion", "fusion_no_decay")
 NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight", "norm.bias", "norm.weight", "norm1.bias", "norm1.weight",

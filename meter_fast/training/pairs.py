@@ -24,6 +24,7 @@ from meter_fast.data.order import SampleOrder
 from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from meter_fast.training.masked_images import open_cells
 from meter_fast.training.world import World
 
 TRAINED, OF_INIT = "trained", "init"
@@ -165,10 +166,11 @@ def open_pairs(
     )
     text = TextPipeline(tokenizer, data.max_text_length, goals.masking, goals.mlm_probability)
     backend = open_images(config, world, dtype)
+    cells = open_cells(goals, config.model.vision, backend.transform, world.device)
     loader = PretrainLoader(
         sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,
         accumulation=accumulation, negatives=goals.itm_negatives, seed=config.run.seed, workers=data.workers,
-        prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels,
+        prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels, cells=cells,
     )  # fmt: skip
     held_out, validation = None, None
     if data.val_sources:
@@ -176,6 +178,6 @@ def open_pairs(
         validation = EvaluationLoader(
             held_out, text, backend, batch_size=max(2, engine.micro_batch // 2 * 2), rank=world.rank, world=world.size,
             limit=data.val_pairs, workers=data.workers, max_bad_share=data.max_bad_share,
-            max_image_pixels=data.max_image_pixels,
+            max_image_pixels=data.max_image_pixels, cells=cells,
         )  # fmt: skip
     return Pairs(tokenizer, folder, sources, loader, backend, held_out, validation)

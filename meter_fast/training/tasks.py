@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from meter_fast.config import DataConfig, RunConfig
 from meter_fast.data.answers import Answers
 from meter_fast.data.sources import Sources
+from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.pairs import Pairs, open_pairs, open_training_sources
 from meter_fast.training.questions import fit_answers, open_question_loaders, open_training_questions
 
@@ -31,7 +32,7 @@ class Task:
 
 PRETRAINING = Task(
     open_sources=open_training_sources,
-    fit=lambda config, sources: (config, None),
+    fit=lambda config, sources: (fit_heads(config), None),
     open_data=open_pairs,
     loss=lambda scores: sum(part["loss"] for part in scores.values()),
     next_command="meter-fast report {run}",

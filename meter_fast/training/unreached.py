@@ -43,6 +43,8 @@ def _two_pairs(config: ModelConfig) -> Batch:
     """The smallest batch that every objective of pre-training can be computed on."""
     size, token = config.vision.image_size, config.text.vocab_size - 1
     ids = torch.full((2, 3), token)
+    grid = config.vision.grid
+    hidden = torch.arange(2 * grid**2).view(2, grid, grid) % grid**2 == 0
     return PretrainBatch(
         images=torch.zeros(2, 3, size, size),
         text_ids=ids,
@@ -54,4 +56,7 @@ def _two_pairs(config: ModelConfig) -> Batch:
         itm_images=torch.tensor([0, 0]),
         false_images=None,
         sample_ids=torch.tensor([0, 1]),
+        cell_mask=hidden,
+        cell_rows=hidden.flatten().nonzero().flatten(),
+        cell_codes=torch.tensor([0, 0]),
     )

@@ -227,6 +227,6 @@ def test_recipe_gives_the_published_numbers() -> None:
         bare.optim.lr * bare.optim.cross_modal_multiplier,
     )
     assert rates == pytest.approx((1e-5, 1e-4, 1e-4))
-    assert (bare.model.vision.name, bare.model.vision.image_size, bare.data.transform) == ("swin", 384, "imagenet")
+    assert (bare.model.vision.name, bare.model.vision.image_size, bare.data.transform) == ("swin", 576, "imagenet")
     assert bare.model.text.name == "deberta_v3" and bare.data.tokenizer == "microsoft/deberta-v3-base"
     assert resolve(["vqa", "size=tiny", *MODEL]).model.vision.width == 32

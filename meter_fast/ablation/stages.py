@@ -1,0 +1,201 @@
+"""Carries out a plan: one stage after another, each in processes of its own, and goes on where it was stopped.
+
+Knows commands, processes, signals and the files that say how a stage ended. Knows nothing of models or scores.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from meter_fast.ablation.plan import Plan, PlannedRow, Stage, describe
+from meter_fast.ablation.table import write_table
+from meter_fast.config import ConfigError
+from meter_fast.training.interruption import EXIT_INTERRUPTED, SIGNALS
+from meter_fast.training.monitor import RUN_FILE, duration, replace_text
+
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
+SHOWN = ("step ", "pictures ", "held out", "warning", "error", "stopped")
+"""Beginnings of the lines of a stage's output that are passed on; all of it is in the log."""
+
+
+def run_plan(plan: Plan) -> int:
+    """Run what is not done yet, rows in order, and write the table after each. Returns the exit code."""
+    try:
+        check_done(plan)
+        for planned in plan.rows:
+            planned.folder.mkdir(parents=True, exist_ok=True)
+    except (ConfigError, OSError) as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return EXIT_WRONG
+    say("\n".join(describe(plan)))
+    began, failed = time.monotonic(), []
+    with Runner(plan) as runner:
+        for number, planned in enumerate(plan.rows, 1):
+            ended = run_row(runner, planned, f"{number}/{len(plan.rows)} {planned.row.name}")
+            if ended == EXIT_INTERRUPTED:
+                say("stopped; the same command goes on from here")
+                return EXIT_INTERRUPTED
+            if ended != EXIT_DONE:
+                failed.append(planned.row.name)
+            write_table(plan)
+    say((plan.folder / "table.md").read_text(encoding="utf-8"))
+    say(f"{len(plan.rows) - len(failed)} of {len(plan.rows)} rows done in {duration(time.monotonic() - began)}; "
+        f"written to {plan.folder}/table.md, table.json and table.png")  # fmt: skip
+    if failed:
+        say(f"failed: {', '.join(failed)}; the same command tries them again")
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def check_done(plan: Plan) -> None:
+    """Raise ConfigError where a finished stage is not the one that is asked for now: its scores would be mixed up."""
+    for planned in plan.rows:
+        open_stage = None
+        for stage in planned.stages:
+            if not stage.done.is_file():
+                open_stage = open_stage or stage.name
+                continue
+            before = tuple(json.loads(stage.done.read_text(encoding="utf-8"))["command"])
+            if before != stage.command:
+                lost, new = sorted(set(before) - set(stage.command)), sorted(set(stage.command) - set(before))
+                raise ConfigError(
+                    f"{stage.done} was done with other settings ({' '.join(lost) or 'fewer'} -> "
+                    f"{' '.join(new) or 'fewer'}): name another run.dir, or remove {planned.folder}"
+                )
+            if open_stage is not None and stage.config is not None:
+                raise ConfigError(
+                    f"{stage.name} of row {planned.row.name} is done, {open_stage} before it is not: remove "
+                    f"{planned.folder} to run the row anew"
+                )
+
+
+def run_row(runner: "Runner", planned: PlannedRow, title: str) -> int:
+    """Run the row's stages until one does not end well. Returns its exit code."""
+    for stage in planned.stages:
+        if stage.done.is_file():
+            say(f"[{title}, {stage.name}] done already")
+            continue
+        stage.failed.unlink(missing_ok=True)
+        began = time.monotonic()
+        code, message = runner.run(stage, f"[{title}, {stage.name}]")
+        seconds = round(time.monotonic() - began, 1)
+        if code == EXIT_INTERRUPTED:
+            return code
+        if code != EXIT_DONE:
+            say(f"[{title}, {stage.name}] failed with code {code} ({stage.log}): {message}")
+            replace_text(stage.failed, json.dumps({"code": code, "message": message}, indent=1) + "\n")
+            return code
+        replace_text(stage.done, json.dumps({"command": stage.command, **_took(stage, seconds)}, indent=1) + "\n")
+    return EXIT_DONE
+
+
+def _took(stage: Stage, seconds: float) -> dict:
+    """How long the stage took, in training with the runs that it went on from."""
+    path = stage.run_dir / RUN_FILE
+    if stage.config is not None and path.is_file():
+        seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    return {"seconds": seconds}
+
+
+class Runner:
+    """Starts stages, shows how far they are, and passes a request to stop (SIGTERM, SIGINT, SIGHUP) on to the one that
+    runs. A context manager: the handlers are there inside it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.stopping = False
+        self._process: subprocess.Popen | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "Runner":
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def run(self, stage: Stage, title: str) -> tuple[int, str]:
+        """Run a stage to its end. Returns (exit code, the line that says why if it is not 0); a stage that was stopped
+        ends with 75, whatever its processes said."""
+        if self.stopping:
+            return EXIT_INTERRUPTED, ""
+        words, environment = command_of(stage, self.plan.processes, self.plan.hostfile)
+        say(f"{title} {' '.join(stage.command)}")
+        last = ""
+        with open(stage.log, "a", encoding="utf-8", errors="replace") as log:
+            # A session of its own: Ctrl-C then reaches the stage once, from here.
+            self._process = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+                errors="replace", env=environment, start_new_session=True,
+            )  # fmt: skip
+            if self.stopping:  # asked in the moment before there was a process to tell
+                self._process.send_signal(signal.SIGTERM)
+            for line in self._process.stdout:  # ends when the last process of the stage has closed it
+                log.write(line)
+                log.flush()
+                if line.startswith(SHOWN):
+                    say(f"{title} {line.rstrip()}")
+                if line.strip() and not ("error:" in last and "error:" not in line):
+                    last = line.strip()
+            code = self._process.wait()
+        if self.stopping or code == EXIT_INTERRUPTED:
+            return EXIT_INTERRUPTED, ""
+        return code, last
+
+
+def command_of(stage: Stage, processes: int | None, hostfile: str) -> tuple[list[str], dict[str, str]]:
+    """(command line, environment) of a stage: evaluation and training in one process as they are, training in several
+    through DeepSpeed's launcher."""
+    gpus = _gpus()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if not gpus and not hostfile:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    count = processes if processes is not None else max(1, gpus)
+    if stage.config is None or (count == 1 and not hostfile):
+        return [sys.executable, "-m", "meter_fast.cli", *stage.command], environment
+    if not gpus and not hostfile:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    where = ["--hostfile", hostfile] if hostfile else ["--num_gpus", str(count)]
+    port = ["--master_port", str(_free_port())]
+    words = [sys.executable, _launcher(), *where, *port, "--no_local_rank", "--module", "meter_fast.train"]
+    return [*words, *stage.command[1:]], environment
+
+
+def _launcher() -> str:
+    """The deepspeed script that belongs to this Python."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise ConfigError("the command deepspeed is not on PATH: install DeepSpeed, or train with processes=1")
+    return found
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
