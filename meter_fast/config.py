@@ -74,6 +74,7 @@ class OptimConfig:
     lr: float = 1e-5
     head_multiplier: float = 5.0  # learning rate of the task heads, relative to lr
     cross_modal_multiplier: float = 5.0  # learning rate of the fusion layers, relative to lr
+    layer_decay: float = 1.0  # of the rate, from each layer of an encoder to the one below; 1 = off, as published
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
@@ -256,6 +257,7 @@ def check(config: RunConfig) -> None:
         (bool(objectives.image_tokenizer) or "mim_codes" not in objectives.names, "objectives.image_tokenizer",
          objectives.image_tokenizer, "mim_codes needs one: name an export folder or a file of the DALL-E encoder"),
         (math.isfinite(optim.lr) and optim.lr >= 0, "optim.lr", optim.lr, "0 or more"),
+        (0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "above 0 and at most 1 (off)"),
         (all(0 <= b < 1 for b in optim.betas), "optim.betas", optim.betas, "between 0 and 1"),
         (optim.warmup >= 0, "optim.warmup", optim.warmup, "a share or a number of steps, 0 or more"),
         (isinstance(optim.warmup, int) or optim.warmup < 1, "optim.warmup", optim.warmup,
