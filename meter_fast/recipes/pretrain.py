@@ -22,12 +22,14 @@ from meter_fast.models.config import DecoderConfig
 from meter_fast.models.text_presets import TEXT_PRESETS, TextChoice, tiny_text
 from meter_fast.models.vision_presets import VISION_PRESETS, VisionChoice, tiny_vision
 
+FusionChoice = Literal["co_attention", "merged_attention", "encoder_decoder"]
+
 
 def pretrain(
     size: Literal["tiny", "base"] = "base",
     vision: VisionChoice = "default",
     text: TextChoice = "default",
-    fusion: Literal["co_attention", "merged_attention", "encoder_decoder"] = "co_attention",
+    fusion: FusionChoice = "co_attention",
 ) -> RunConfig:
     """The configuration of a pre-training run.
 
