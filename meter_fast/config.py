@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 
 T = TypeVar("T")
-FINE_TUNING = ("vqa",)  # objectives with batches of their own; the others share pairs
+FINE_TUNING = ("vqa", "reconstruction")  # objectives with batches of their own; the others share pairs
 
 
 class ConfigError(ValueError):
@@ -53,10 +54,9 @@ class DataConfig:
 class ObjectivesConfig:
     """What the model is trained on."""
 
-    names: tuple[Literal["mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption", "vqa"], ...] = (
-        "mlm",
-        "itm",
-    )
+    names: tuple[
+        Literal["mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption", "vqa", "reconstruction"], ...
+    ] = ("mlm", "itm")
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
@@ -74,6 +74,7 @@ class OptimConfig:
     lr: float = 1e-5
     head_multiplier: float = 5.0  # learning rate of the task heads, relative to lr
     cross_modal_multiplier: float = 5.0  # learning rate of the fusion layers, relative to lr
+    layer_decay: float = 1.0  # of the rate, from each layer of an encoder to the one below; 1 = off, as published
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
@@ -125,6 +126,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)  # of objective reconstruction
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -255,6 +257,7 @@ def check(config: RunConfig) -> None:
         (bool(objectives.image_tokenizer) or "mim_codes" not in objectives.names, "objectives.image_tokenizer",
          objectives.image_tokenizer, "mim_codes needs one: name an export folder or a file of the DALL-E encoder"),
         (math.isfinite(optim.lr) and optim.lr >= 0, "optim.lr", optim.lr, "0 or more"),
+        (0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "above 0 and at most 1 (off)"),
         (all(0 <= b < 1 for b in optim.betas), "optim.betas", optim.betas, "between 0 and 1"),
         (optim.warmup >= 0, "optim.warmup", optim.warmup, "a share or a number of steps, 0 or more"),
         (isinstance(optim.warmup, int) or optim.warmup < 1, "optim.warmup", optim.warmup,
@@ -275,6 +278,8 @@ def check(config: RunConfig) -> None:
         (math.isfinite(run.max_epochs) and run.max_epochs >= 0, "run.max_epochs", run.max_epochs, "0 or more"),
         (len(objectives.names) == 1 or not set(objectives.names) & set(FINE_TUNING), "objectives.names",
          ",".join(objectives.names), f"{', '.join(FINE_TUNING)} trains alone, on data of its own"),
+        (not engine.activation_checkpointing or "reconstruction" not in objectives.names,
+         "engine.activation_checkpointing", "true", "an image tokenizer is small and trains without: use false"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),
         (run.save_every >= 1, "run.save_every", run.save_every, "1 or more"),
         (run.keep_last >= 1, "run.keep_last", run.keep_last, "1 or more"),

@@ -1,4 +1,4 @@
-"""What a micro-batch holds, of pre-training and of visual question answering.
+"""What a micro-batch holds: of pre-training, of visual question answering, of pictures alone.
 
 Knows the shapes and types that the loader fills and the objectives read. Knows nothing of files, models or devices
 beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and W pixels,
@@ -130,4 +130,25 @@ class VqaBatch:
         return VqaBatch(**{**moved, "images": moved["images"].to(dtype)})
 
 
-Batch = PretrainBatch | VqaBatch
+@dataclass(frozen=True)
+class PictureBatch:
+    """One micro-batch of pictures alone.
+
+    images         [B,3,H,W] float, normalised pixels
+    sample_ids     [B] int64, which samples these are, after the replacement of bad ones
+    """
+
+    images: Tensor
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        """B, the number of pictures."""
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PictureBatch":
+        """The same batch on `device`; only pictures take `dtype`."""
+        images = self.images.to(device, dtype, non_blocking=True)
+        return PictureBatch(images, self.sample_ids.to(device, non_blocking=True))
+
+
+Batch = PretrainBatch | VqaBatch | PictureBatch

@@ -10,7 +10,6 @@ the batch's own; `reading`, what it asks of the encoders and the fusion; `count`
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from meter_fast.data.batch import Batch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import caption, itm, mim_codes, mim_in_batch, mlm, span_denoising, vqa
+from meter_fast.objectives import caption, itm, mim_codes, mim_in_batch, mlm, reconstruction, span_denoising, vqa
+from meter_fast.objectives.losses import Losses
 from meter_fast.objectives.reading import Reading
 
 OBJECTIVES: dict[str, ModuleType] = {
@@ -40,18 +40,6 @@ SETTINGS = {  # that give a model the head
     "lm_head": "decoder.layers=3",
     "vqa_head": "vqa_answers=NUMBER",
 }
-
-
-@dataclass(frozen=True)
-class Losses:
-    """loss: float32 scalar to run backward on, the plain sum of `parts` (detached, by objective).
-
-    metrics: by name, (how many were right, of how many), scalars on the device; what is right in part counts in part.
-    """
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-    metrics: dict[str, tuple[Tensor, Tensor]]
 
 
 class JointLoss(nn.Module):
@@ -121,7 +109,8 @@ class JointLoss(nn.Module):
 
 def counts_of(objectives: Sequence[str], batches: Sequence[Batch]) -> dict[str, int]:
     """What each objective's loss is a mean over, in these micro-batches together."""
-    return {name: sum(map(OBJECTIVES[name].count, batches)) for name in objectives}
+    counted = {**OBJECTIVES, reconstruction.NAME: reconstruction}  # the latter is no objective of a Meter
+    return {name: sum(map(counted[name].count, batches)) for name in objectives}
 
 
 def shares(counts: Mapping[str, float], micro_batches: int) -> dict[str, float]:

@@ -42,12 +42,14 @@ def vqa(
     """The configuration of a fine-tuning run.
 
     vision, text, fusion: as of `pretrain`, to be those of the model in run.init. published: train on the validation
-    split, too. from_encoders: start from encoders alone, with the learning rates of section 4.1.1.
+    split, too. from_encoders: start from encoders alone, at size base with the learning rates of section 4.1.1.
     """
     config = _on_questions(pretrain(size, vision, text, fusion), base() if size == "base" else tiny(), text)
     if published == "true":
         config = replace(config, data=replace(config.data, sources=("vqa",), val_sources=()))
-    if from_encoders == "true":
+    if from_encoders == "true" and size == "tiny":  # its encoders have no weights: all starts at random
+        config = replace(config, data=replace(config.data, tokenizer="trained"))
+    elif from_encoders == "true":
         rates = replace(config.optim, lr=1e-5, head_multiplier=10.0, cross_modal_multiplier=10.0)  # 1e-5 and 1e-4
         config = replace(config, optim=rates)
     return config

@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import meter_fast
 from meter_fast.config import ConfigError, RunConfig
 from meter_fast.data.batch import Batch
 from meter_fast.objectives.joint import Losses, shares
-from meter_fast.training.optimizer import GROUPS, AdamW, Schedule, parameter_groups
+from meter_fast.training.layer_decay import layers_above
+from meter_fast.training.optimizer import AdamW, Schedule, parameter_groups, shown_rates
 from meter_fast.training.record import StepRecord
 from meter_fast.training.state import WEIGHT, NamedState
 from meter_fast.training.world import World
@@ -99,12 +101,15 @@ class Engine:
         model = module.model
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing(True)
-        groups = parameter_groups(model.named_parameters(), config.optim, published_name)
+        above = partial(layers_above, config=config.model)
+        groups = parameter_groups(model.named_parameters(), config.optim, published_name, above)
         optimizer = AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
         _quiet()
         self._engine, *_ = deepspeed.initialize(
             model=PlainOutputs(module), optimizer=optimizer, config=settings, dist_init_required=False
         )
+        for buffer in module.buffers():  # parameters were sent to all by DeepSpeed
+            world.broadcast(buffer)
         self.module = module
         self.state = NamedState(self._engine, self.module.model, world)
         if self.dtype != torch.float32:
@@ -138,8 +143,8 @@ class Engine:
         return Evaluated(self._engine)
 
     def rates(self) -> dict[str, float]:
-        """Learning rate of each parameter group, by its name."""
-        return {GROUPS[group["index"]]: group["lr"] for group in self._engine.optimizer.param_groups}
+        """Learning rate of the parameter groups, by name."""
+        return shown_rates(self._engine.optimizer.param_groups)
 
     def _reseed(self, step: int, number: int) -> None:
         """Random numbers of a micro-batch depend on its place in the global batch alone: nothing to save, and the same

@@ -93,26 +93,32 @@ def group_of(published_name: str) -> int:
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, Tensor]], optim: OptimConfig, published_name: Callable[[str], str]
+    named: Iterable[tuple[str, Tensor]],
+    optim: OptimConfig,
+    published_name: Callable[[str], str],
+    layers_above: Callable[[str], int] = lambda name: 0,
 ) -> list[dict[str, Any]]:
     """The groups for AdamW, empty ones left out. `named`: (our name, parameter); frozen parameters are skipped.
 
-    Each group holds `index` (0..5), `multiplier` (of the learning rate), `weight_decay` and the `names` of its
-    params.
+    layers_above: by our name, see `layer_decay`; asked only where optim.layer_decay is not 1. Each group holds `index`
+    (0..5), `layers_above`, `multiplier` (of the learning rate), `weight_decay` and the `names` of its params; without
+    decay by layer there are six at most, as published.
     """
     multipliers = (1.0, optim.head_multiplier, optim.cross_modal_multiplier)
-    groups: dict[int, dict[str, Any]] = {}
+    groups: dict[tuple[int, int], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         index = group_of(published_name(name))
+        above = layers_above(name) if optim.layer_decay != 1 else 0
         group = groups.setdefault(
-            index,
+            (index, above),
             {
                 "params": [],
                 "names": [],
                 "index": index,
-                "multiplier": multipliers[index // 2],
+                "layers_above": above,
+                "multiplier": multipliers[index // 2] * optim.layer_decay**above,
                 "lr": 0.0,
                 "weight_decay": 0.0 if index % 2 else optim.weight_decay,
             },
@@ -120,6 +126,15 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[index] for index in sorted(groups)]
+
+
+def shown_rates(groups: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Learning rates of parameter groups by name. Where they fall from layer to layer, the top's and the lowest."""
+    rates: dict[str, float] = {}
+    for group in sorted(groups, key=lambda group: (group["index"], group["layers_above"])):
+        name = GROUPS[group["index"]]
+        rates[name if name not in rates else f"{name}_lowest"] = group["lr"]
+    return rates
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ CAPTIONS_TO_LEARN_FROM = 200_000
 
 @dataclass(frozen=True)
 class Pairs:
-    """Everything that gives batches. `tokenizer_folder` holds the tokenizer's files (main process only)."""
+    """Everything that gives batches. `tokenizer_folder` holds the tokenizer's files (main process only); None and None
+    where no texts are read."""
 
-    tokenizer: PreTrainedTokenizerFast
-    tokenizer_folder: Path
+    tokenizer: PreTrainedTokenizerFast | None
+    tokenizer_folder: Path | None
     sources: Sources
     loader: TrainingLoader
     backend: ImageBackend
@@ -47,7 +48,8 @@ class Pairs:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: how many samples each source has, and the vocabulary."""
-        told = {"samples": self.sources.sizes, "vocabulary": vocabulary_hash(self.tokenizer)}
+        vocabulary = vocabulary_hash(self.tokenizer) if self.tokenizer is not None else ""
+        told = {"samples": self.sources.sizes, "vocabulary": vocabulary}
         return told if self.answers is None else {**told, "answers": self.answers.hash()}
 
     def close(self) -> None:

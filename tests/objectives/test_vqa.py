@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from golden_cases import GOLDEN, GOLDEN_CASES, TOLERANCE, GoldenCase, load_case, relative
+from partitioned import partition
 from safetensors.torch import load_file
 from small_case import small_batch, small_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from meter_fast.data.batch import VqaBatch
 from meter_fast.interop import from_meter, to_meter
@@ -113,9 +114,9 @@ def test_questions_about_one_picture_share_its_encoding(fusion: str) -> None:
         assert torch.allclose(grad, theirs[name], rtol=1e-6, atol=1e-9), name
 
 
-def test_totals_divide_a_step(fusion: str = "co_attention") -> None:
+def test_totals_divide_a_step() -> None:
     """Two micro-batches of four and two questions, each told half of the step's."""
-    model, batch = small_vqa_model(fusion=fusion).double(), small_vqa_batch().to("cpu", torch.float64)
+    model, batch = small_vqa_model().double(), small_vqa_batch().to("cpu", torch.float64)
     whole = JointLoss(model, ("vqa",))(batch).loss.item()
     parts = []
     for rows in (slice(0, 4), slice(4, 6)):
@@ -137,25 +138,12 @@ def test_bfloat16_keeps_targets_and_loss_in_float32() -> None:
 
 
 def test_parameters_are_used_inside_their_own_module() -> None:
-    """As under ZeRO-3: a module's parameters are there from its own forward to the end of it, empty at other times."""
+    """As under ZeRO-3."""
     model, batch = small_vqa_model(), small_vqa_batch()
     module = JointLoss(model, ("vqa",)).eval()
     with torch.no_grad():
         expected = module(batch).loss.item()
-        values = {parameter: parameter.data for parameter in model.parameters()}
-
-        def fill(part: nn.Module, _inputs: object) -> None:
-            for parameter in part.parameters(recurse=False):
-                parameter.data = values[parameter]
-
-        def empty(part: nn.Module, *_rest: object) -> None:
-            for parameter in part.parameters(recurse=False):
-                parameter.data = torch.empty(0)
-
-        for part in model.modules():
-            part.register_forward_pre_hook(fill)
-            part.register_forward_hook(empty)
-            empty(part)
+        partition(model)
         assert module(batch).loss.item() == expected
 
 
