@@ -1,6 +1,6 @@
-"""The paper's comparisons, run row by row: `meter-fast train ablation table=fusion size=tiny data.root=DATA`.
+"""The paper's comparisons, run row by row: `meter-fast train ablation table=7 size=tiny data.root=DATA`.
 
-    meter-fast train ablation table=fusion size=tiny data.root=SCENES run.dir=runs/fusion
+    meter-fast train ablation table=7 size=tiny data.root=SCENES run.dir=runs/fusion
     meter-fast train ablation table=objectives size=base processes=8 data.root=/data run.dir=/shared/objectives
     meter-fast train ablation table=encoders size=base hostfile=hostfile data.root=/data rows=bert_clip32,roberta_swin
 

@@ -4,7 +4,7 @@ Knows the paper's tables and the recipes. Knows nothing of processes, scores or 
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from meter_fast.recipes.paper_tables import HELD_OUT, LENGTHS, PICTURES, TABLES,
 
 TRAINING = ("image_tokenizer", "pretrain", "vqa")
 CHOOSABLE = ("pretrain", "retrieval", "vqa")
-ARGUMENTS = ("table", "size", "rows", "stages", "processes", "hostfile", "pictures")
+ARGUMENTS = ("table", "figure", "size", "rows", "stages", "processes", "hostfile", "pictures")
 OWN = ("run.dir", "run.init", "run.resume")
 """Settings that the stages set themselves."""
 
@@ -74,13 +74,13 @@ class Plan:
 
 
 def make_plan(argv: Sequence[str]) -> Plan:
-    """The plan of a command line, `["table=fusion", "size=tiny", "data.root=DATA", ...]`.
+    """The plan of a command line, `["table=7", "size=tiny", "data.root=DATA", ...]`.
 
     Every training stage's settings are resolved here, so that what is wrong with the last row is told before the first
     is run. Raises ConfigError.
     """
     arguments, overrides, folder = _split(argv)
-    table = TABLES[_one_of("table", arguments.get("table", ""), tuple(TABLES), _tables())]
+    table = _table(arguments)
     size = _one_of("size", arguments.get("size", "base"), tuple(LENGTHS))
     rows = _rows(table, arguments.get("rows", ""))
     stages = _several("stages", arguments.get("stages", ""), CHOOSABLE)
@@ -131,8 +131,17 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], 
     return arguments, overrides, folder
 
 
-def _tables() -> str:
-    return "; ".join(f"{table.name} ({table.number}: {table.title.split(' (')[0]})" for table in TABLES.values())
+def _table(arguments: Mapping[str, str]) -> Table:
+    """By name, table=fusion, or by its number in the paper, table=7 or figure=5."""
+    if len({"table", "figure"} & set(arguments)) == 2:
+        raise ConfigError(f"table={arguments['table']} figure={arguments['figure']}: give one of them")
+    key = "figure" if "figure" in arguments else "table"
+    value = arguments.get(key, "")
+    for table in TABLES.values():
+        if f"{key} {value}" == table.number or value == table.name:
+            return table
+    known = "; ".join(f"{t.number.replace(' ', '=')} ({t.name}: {t.title.split(' (')[0]})" for t in TABLES.values())
+    raise ConfigError(f"{key}={value}: one of {known}")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...], said: str = "") -> str:

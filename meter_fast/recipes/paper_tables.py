@@ -2,9 +2,9 @@
 
 Knows settings as text and the paper's figures. Knows nothing of how rows are run or shown.
 
-Source: Dou et al. 2022, arXiv 2111.02387; tables are numbered as in the proceedings of CVPR 2022. The paper itself
-could not be re-read for this file. `checked` names, for single figures, a public text that quotes them; all others are
-quoted from the paper without having been re-read, and are marked so wherever they are shown.
+Source: Dou et al. 2022, arXiv 2111.02387; tables have the numbers of that version, not of the proceedings. The paper
+itself could not be re-read for this file. `checked` names, for single figures, a public text that quotes them; all
+others are quoted from the paper without having been re-read, and are marked so wherever they are shown.
 
 Full size is the paper's set-up: encoders with published weights, 4 M pictures, CLIP-ViT-B/32 and BERT unless a row says
 otherwise. In miniature the kinds are the same and everything else is small: drawn scenes of 96 px, encoders that start
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """number: in the proceedings. pretrained: rows are pre-trained, scored by zero-shot retrieval and fine-tuned; else
+    """number: in the paper. pretrained: rows are pre-trained, scored by zero-shot retrieval and fine-tuned; else
     fine-tuned from encoders alone. metrics: the paper's columns in order."""
 
     name: str
@@ -129,7 +129,7 @@ _TEXTS = {
 TEXT_ENCODERS = Table(
     "text_encoders",
     "Text encoders without pre-training, with CLIP-ViT-B/32",
-    "table 2",
+    "table 3",
     False,
     _TEXT_METRICS,
     tuple(
@@ -153,7 +153,7 @@ _VISIONS = {
 VISION_ENCODERS = Table(
     "vision_encoders",
     "Vision encoders without pre-training, with RoBERTa",
-    "table 3",
+    "table 4",
     False,
     _VISION_METRICS,
     tuple(
@@ -179,7 +179,7 @@ _PAIRS = {
 ENCODERS = Table(
     "encoders",
     "Encoders with pre-training",
-    "table 4",
+    "table 5",
     True,
     METRICS,
     tuple(
@@ -209,7 +209,7 @@ LEARNING_RATES = Table(
     "learning_rates",
     "Learning rates of pre-training: encoders / fusion and heads (in miniature ten times as high, and nothing in the "
     "encoders to keep)",
-    "table 5",
+    "table 6",
     True,
     METRICS,
     tuple(
@@ -231,7 +231,7 @@ def _fusion(name: str, label: str, paper: str) -> Row:
 FUSION = Table(
     "fusion",
     "Fusion, and a decoder on top of it",
-    "table 6",
+    "table 7",
     True,
     METRICS,
     (
@@ -251,7 +251,7 @@ _GOALS = {
 OBJECTIVES = Table(
     "objectives",
     "Objectives of pre-training",
-    "table 7",
+    "table 10",
     True,
     METRICS,
     tuple(
@@ -274,7 +274,7 @@ RESOLUTION = Table(
     "resolution",
     "Resolution of fine-tuning after pre-training at 224 px (in miniature 64, 96, 128 and 192 px after 96 px; the "
     "paper plots this one, so no figures are quoted)",
-    "the figure on resolution",
+    "figure 5",
     True,
     METRICS,
     (

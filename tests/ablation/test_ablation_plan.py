@@ -125,7 +125,7 @@ def test_overrides_go_to_every_stage_or_to_one():
     assert retrieval.command[-4:] == ("--pictures", "7", "--json", "RUN/rows/1e-5_5e-5/retrieval.json")
     assert "data.val_sources=coco" in retrieval.command
     said = "\n".join(describe(plan))
-    assert "optim.head_multiplier=5" in said and "pretrain 5 steps" in said and "table 5" in said
+    assert "optim.head_multiplier=5" in said and "pretrain 5 steps" in said and "table 6" in said
 
 
 def test_only_models_that_learn_matching_are_scored_by_it():
@@ -152,9 +152,10 @@ def test_an_image_tokenizer_is_trained_for_the_objective_that_needs_one():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "table=: one of text_encoders"),
-        (["table=7"], "objectives (table 7"),
+        ([], "table=: one of table=3 (text_encoders: "),
+        (["table=8"], "figure=5 (resolution: "),
         (["table=fusions"], "table=fusions: one of"),
+        (["table=7", "figure=5"], "table=7 figure=5: give one of them"),
         (["table=encoders", "size=huge"], "size=huge: one of base, tiny"),
         (["table=encoders", "rows=bert"], "rows=bert: one of emb_only_clip32"),
         (["table=encoders", "stages=nlvr2"], "stages=nlvr2: one of pretrain, retrieval, vqa"),
@@ -197,3 +198,19 @@ def test_several_processes_go_through_the_launcher(tmp_path, monkeypatch):
     assert nodes[2:4] == ["--hostfile", str(hosts)] and nodes[at + 2 :] == alone[4:]
     for processes, hostfile in ((8, ""), (None, str(hosts))):
         assert command_of(retrieval, processes, hostfile)[0][1:4] == ["-m", "meter_fast.cli", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"),
+    [
+        ("table=3", "text_encoders"),
+        ("table=4", "vision_encoders"),
+        ("table=5", "encoders"),
+        ("table=6", "learning_rates"),
+        ("table=7", "fusion"),
+        ("table=10", "objectives"),
+        ("figure=5", "resolution"),
+    ],
+)
+def test_numbers_of_the_paper(argument: str, name: str):
+    assert make_plan([argument, "size=tiny"]).table.name == make_plan([f"table={name}", "size=tiny"]).table.name == name
