@@ -113,7 +113,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     if arguments.pairs is not None and arguments.pairs < 2:
         raise ValueError(f"--pairs {arguments.pairs}: give 2 or more")
     scores = evaluate_split(arguments.model, arguments.task, arguments.settings, arguments.pairs)
-    for objective in ("mlm", "itm"):
+    for objective in ("mlm", "itm", "span_denoising", "caption"):
         if objective in scores:
             row = scores[objective]
             print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
@@ -141,6 +141,7 @@ def print_scores(report: dict) -> None:
     for title, scores in (("", report["scores"]), ("unseen, ", novel)):
         rows = {"ITM": scores["itm"]} if "itm" in scores else {}
         rows.update(scores.get("mlm", {}))
+        rows.update({name: scores[name] for name in ("span_denoising", "caption") if name in scores})
         for name, row in rows.items():
             exchanged = f"{100 * row['shuffled']:.1f} %" if "shuffled" in row else ""
             print(
