@@ -168,6 +168,7 @@ def print_scores(report: dict) -> None:
     for title, scores in (("", report["scores"]), ("unseen, ", novel)):
         rows = {"ITM": scores["itm"]} if "itm" in scores else {}
         rows.update(scores.get("mlm", {}))
+        rows.update({name: scores[name] for name in ("span_denoising", "caption") if name in scores})
         for name, row in rows.items():
             exchanged = f"{100 * row['shuffled']:.1f} %" if "shuffled" in row else ""
             print(

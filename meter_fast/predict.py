@@ -1,4 +1,4 @@
-"""What a model says of pictures: fills of hidden words, match probabilities, and where in the picture a word looks.
+"""What a model says of pictures: fills of hidden words, match probabilities, captions, and where a word looks.
 
 Knows a Meter, a tokenizer and encoded pictures. Knows no files, no splits and no scores.
 Shape letters: B pairs, L text tokens, V image tokens, D width, S vocabulary, M hidden tokens.
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meter_fast.data.spans import read_sentinels
+from meter_fast.models.generation import write
 from meter_fast.models.meter import Meter, Need
 
 MAX_TEXT_LENGTH = 50  # tokens; METER, section 4.1
@@ -106,6 +108,34 @@ def match(model: Meter, tokenizer, image: Tensor, captions: Sequence[str], max_l
     ids, mask = pad(rows, tokenizer.pad_token_id, device)
     fused = model.fuse(model.encode_text(ids, mask), image, mask, need=Need.CLS)
     return model.itm_head(fused.cls).float().softmax(-1)[:, MATCH]
+
+
+@torch.inference_mode()
+def caption(
+    model: Meter,
+    tokenizer,
+    image: Tensor,
+    beams: int = 1,
+    max_length: int = MAX_TEXT_LENGTH,
+    length_penalty: float = 1.0,
+) -> list[str]:
+    """A caption of each picture: image [B,V,D] encoded -> B texts, of at most max_length tokens.
+
+    For a model with a decoder, trained with objectives.names=caption; in evaluation mode. Arguments of the search:
+    `generation.write`. Raises ValueError for a model without decoder or a tokenizer without sentinels.
+    """
+    if model.decoder is None:
+        raise ValueError(
+            "this model has no decoder to write captions with: train one with fusion=encoder_decoder and "
+            "objectives.names=span_denoising,itm,caption"
+        )
+    device, _ = place_of(model)
+    asked = [tokenizer.cls_token_id, read_sentinels(tokenizer)[0], tokenizer.sep_token_id]
+    ids, mask = pad([asked] * len(image), tokenizer.pad_token_id, device)
+    fused = model.fuse(model.encode_text(ids, mask), image, mask, need=Need.BOTH)
+    length = min(max_length, model.config.decoder.max_positions)
+    written = write(model, fused.text, fused.image, mask, tokenizer.sep_token_id, length, beams, length_penalty)
+    return [tokenizer.decode(text, skip_special_tokens=True).strip() for text in written.ids]
 
 
 @torch.inference_mode()

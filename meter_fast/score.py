@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS, BadImage, check_image
 from meter_fast.data.images import BatchDecodeError, ImageBackend, denormalise
+from meter_fast.data.spans import Denoiser
 from meter_fast.data.text import CHARACTERS_PER_TOKEN, BadCaption, check_caption
 from meter_fast.models.meter import Meter, Need
 from meter_fast.predict import (
@@ -30,6 +31,7 @@ from meter_fast.predict import (
     pad,
     place_of,
 )
+from meter_fast.score_written import scores_of
 
 PICTURES_PER_BLOCK = 256
 PAIRS_PER_BATCH = 128
@@ -263,17 +265,21 @@ def score_held_out(
     max_length: int = MAX_TEXT_LENGTH,
     pictures_per_block: int = PICTURES_PER_BLOCK,
     naming: Sequence[str] = (),
+    denoiser: Denoiser | None = None,
 ) -> dict:
     """{"itm": {...}, "mlm": {kind: {...}}, "pictures", "captions", "cut_off", "skipped": {cause: count}} of a split, in
     one pass on one process.
 
     kinds: kind -> its words. naming: score only captions with one of these phrases. A model without one of the heads
-    gets no score of it.
+    gets no score of it. denoiser: that of the objectives that a decoder was trained on, which are then scored too;
+    captions only without `naming`, as they are judged by all that is said of a picture.
     """
     was_training = model.training
     model.eval()
     skipped: Counter = Counter()
-    words, matching = WordScore(kinds), MatchScore()
+    words, matching, written = WordScore(kinds), MatchScore(), scores_of(denoiser, kinds)
+    if naming:
+        written.pop("caption", None)
     pictures = captions = 0
     max_length = min(max_length, model.config.text.max_length)
     try:
@@ -283,11 +289,14 @@ def score_held_out(
                 words.add(model, tokenizer, block, max_length)
             if model.itm_head is not None:
                 matching.add(model, tokenizer, block, max_length)
+            for score in written.values():
+                score.add(model, tokenizer, block, max_length)
     finally:
         model.train(was_training)
     return {
         **({"itm": matching.result()} if model.itm_head is not None else {}),
         **({"mlm": words.result()} if model.mlm_head is not None else {}),
+        **{name: score.result() for name, score in written.items()},
         "pictures": pictures,
         "captions": captions,
         "cut_off": words.cut_off,

@@ -17,6 +17,7 @@ from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.scenes import WORD_KINDS
 from meter_fast.data.scenes.world import NOVEL_COMBINATIONS
 from meter_fast.data.sources import open_sources
+from meter_fast.data.spans import open_denoiser
 from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.evaluate import held_out_names, parted
 from meter_fast.models.export import TOKENIZER, load_export
@@ -56,20 +57,22 @@ def write_report(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = _with_trained_heads(load_export(facts.export), facts.config.objectives.names).to(device)
     tokenizer = load_tokenizer(facts.export / TOKENIZER)
+    goals = facts.config.objectives
+    denoiser = open_denoiser(tokenizer, goals.names, goals.span_probability, goals.span_length)
     transform = image_transform(data.transform, model.config.vision.image_size)
     backend = open_backend("torchvision", transform, "cpu", torch.float32)
     own = parted(data, split)
     names, said = (own, split) if own else held_out_names(data, split)
     try:
         sources = open_sources(names, root, split)
-        scores = score_held_out(model, tokenizer, sources, backend, kinds, max_pictures, data.max_text_length)
+        asked = (model, tokenizer, sources, backend, kinds, max_pictures, data.max_text_length)
+        scores = score_held_out(*asked, denoiser=denoiser)
         shown = _examples(model, tokenizer, sources, backend, kinds)
         novel = None
         if own and (root / NOVEL_FOLDER).is_dir():
             unseen = open_sources(own, root / NOVEL_FOLDER, split)
-            novel = score_held_out(
-                model, tokenizer, unseen, backend, kinds, max_pictures, data.max_text_length, naming=NOVEL_PHRASES
-            )
+            asked = (model, tokenizer, unseen, *asked[3:])
+            novel = score_held_out(*asked, naming=NOVEL_PHRASES, denoiser=denoiser)
     finally:
         backend.close()
     report = _report(facts, model, scores, novel, said, time.monotonic() - began)
@@ -100,6 +103,8 @@ def count_parameters(model: Meter) -> dict[str, int]:
         "fusion": model.fusion,
         "MLM head": model.mlm_head,
         "ITM head": model.itm_head,
+        "decoder": model.decoder,
+        "decoder's head": model.lm_head,
     }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     return {"total": sum(counts.values()), **counts}
@@ -107,7 +112,7 @@ def count_parameters(model: Meter) -> dict[str, int]:
 
 def _report(facts: RunFacts, model: Meter, scores: Mapping, novel: Mapping | None, split: str, seconds: float) -> dict:
     run = facts.run
-    graded = {name: scores[name] for name in ("itm", "mlm") if name in scores}
+    graded = {name: scores[name] for name in ("itm", "mlm", "span_denoising", "caption") if name in scores}
     if novel is not None:
         graded["novel"] = dict(novel)
     return {

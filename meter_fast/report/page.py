@@ -20,6 +20,10 @@ KIND_TEXT = {
     "count": "number words",
     "relation": "relation words",
 }
+WRITTEN_TEXT = {
+    "span_denoising": ("tokens of hidden spans", "written by the decoder"),
+    "caption": ("caption names a right thing", "written from the picture alone; colour and shape count"),
+}
 WHAT = """A vision encoder, a text encoder and co-attention layers, trained together to fill in hidden words of
 captions (MLM) and to tell whether a caption belongs to a picture (ITM)."""
 ASKED = """{pictures:,} held-out pictures with {captions:,} captions ({split} split), none seen in training. One word
@@ -103,6 +107,9 @@ def _score_table(scores: Mapping) -> str:
         rows.append(_score_row("caption matches picture?", "ITM, half of the pairs match", scores["itm"]))
     for kind, score in scores.get("mlm", {}).items():
         rows.append(_score_row(KIND_TEXT.get(kind, kind), "MLM", score))
+    for name, (text, note) in WRITTEN_TEXT.items():
+        if name in scores:
+            rows.append(_score_row(text, note, scores[name]))
     return f'<div class="scroll"><table>{SCORE_HEAD}{"".join(rows)}</table></div>{SCORE_KEY}'
 
 
