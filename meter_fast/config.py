@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 
 T = TypeVar("T")
-FINE_TUNING = ("vqa",)  # objectives with batches of their own; the others share pairs
+FINE_TUNING = ("vqa", "reconstruction")  # objectives with batches of their own; the others share pairs
 
 
 class ConfigError(ValueError):
@@ -53,13 +54,17 @@ class DataConfig:
 class ObjectivesConfig:
     """What the model is trained on."""
 
-    names: tuple[Literal["mlm", "itm", "mim_in_batch", "mim_codes", "vqa"], ...] = ("mlm", "itm")
+    names: tuple[
+        Literal["mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption", "vqa", "reconstruction"], ...
+    ] = ("mlm", "itm")
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
     mim_probability: float = 0.15  # of a picture's cells; rounded to whole ones, at least one
     mim_negatives: Literal["batch", "all_ranks"] = "batch"  # whose cells are the candidates of mim_in_batch
     image_tokenizer: str = ""  # for mim_codes: an export folder of one, or a file of the published DALL-E encoder
+    span_probability: float = 0.15  # share of the tokens that span denoising hides, in spans
+    span_length: float = 3.0  # of a span, in tokens, on average
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)  # of objective reconstruction
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -233,7 +239,13 @@ def check(config: RunConfig) -> None:
         (data.val_pairs >= 2, "data.val_pairs", data.val_pairs, "2 or more"),
         (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share between 0 and 1"),
         (bool(objectives.names), "objectives.names", objectives.names,
-         "name at least one of mlm, itm, mim_in_batch, mim_codes"),
+         "name at least one of mlm, itm, mim_in_batch, mim_codes, span_denoising, caption"),
+        (config.model.decoder.layers > 0 or not {"span_denoising", "caption"} & set(objectives.names),
+         "objectives.names", ",".join(objectives.names),
+         "span_denoising and caption write text, which needs model.decoder.layers=1 or more (fusion=encoder_decoder)"),
+        (0 < objectives.span_probability < 1, "objectives.span_probability", objectives.span_probability,
+         "between 0 and 1"),
+        (objectives.span_length >= 1, "objectives.span_length", objectives.span_length, "1 token or more"),
         (len(set(objectives.names)) == len(objectives.names), "objectives.names", objectives.names, "each once"),
         (0 < objectives.mlm_probability < 1, "objectives.mlm_probability", objectives.mlm_probability,
          "between 0 and 1"),
@@ -266,6 +278,8 @@ def check(config: RunConfig) -> None:
         (math.isfinite(run.max_epochs) and run.max_epochs >= 0, "run.max_epochs", run.max_epochs, "0 or more"),
         (len(objectives.names) == 1 or not set(objectives.names) & set(FINE_TUNING), "objectives.names",
          ",".join(objectives.names), f"{', '.join(FINE_TUNING)} trains alone, on data of its own"),
+        (not engine.activation_checkpointing or "reconstruction" not in objectives.names,
+         "engine.activation_checkpointing", "true", "an image tokenizer is small and trains without: use false"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),
         (run.save_every >= 1, "run.save_every", run.save_every, "1 or more"),
         (run.keep_last >= 1, "run.keep_last", run.keep_last, "1 or more"),

@@ -19,6 +19,7 @@ from meter_fast.data.loader import EvaluationLoader
 from meter_fast.data.question_tables import open_questions
 from meter_fast.data.questions import QuestionAssembler, question_split_loader
 from meter_fast.data.sources import PUBLISHED, Sources, open_sources
+from meter_fast.data.spans import open_denoiser
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.models.export import ANSWERS
@@ -91,7 +92,8 @@ def evaluate_split(
     tokenizer = load_tokenizer(tokenizer_of(path, data.tokenizer))
     check_vocabulary(model, tokenizer)
     length = min(data.max_text_length, model.config.text.max_length)
-    text = TextPipeline(tokenizer, length, objectives.masking, objectives.mlm_probability)
+    denoiser = open_denoiser(tokenizer, objectives.names, objectives.span_probability, objectives.span_length)
+    text = TextPipeline(tokenizer, length, objectives.masking, objectives.mlm_probability, denoiser)
     names, said = held_out_names(data, data.val_split)
     sources = open_sources(names, data.root, data.val_split)
     backend = open_backend(data.backend, transform, device, torch.float32, max_batch=config.engine.micro_batch)

@@ -64,7 +64,7 @@ def _found(scores: Tensor, right: Tensor, depths: Sequence[int]) -> list[float]:
         best = part.sort(dim=1, descending=True, stable=True).indices[:, : max(depths)]
         found = truth.gather(1, best)
         hits += torch.tensor([found[:, :k].any(1).sum() for k in depths])
-    return (hits / len(scores)).tolist()
+    return (hits.double() / len(scores)).tolist()
 
 
 def chance(belongs: Tensor, depths: Sequence[int] = DEPTHS) -> dict[str, float]:

@@ -23,10 +23,6 @@ import torch.distributed as dist
 
 from meter_fast.config import ConfigError, RunConfig, describe, to_dict
 from meter_fast.data.batch import Batch
-from meter_fast.evaluate import evaluate_pretraining
-from meter_fast.interop import original_name
-from meter_fast.models.meter import Meter
-from meter_fast.objectives.joint import JointLoss
 from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
 from meter_fast.training import banner, checkpoint, world
@@ -48,7 +44,6 @@ from meter_fast.training.resume import (
     save,
 )
 from meter_fast.training.tasks import task_of
-from meter_fast.training.unreached import freeze_unreached
 from meter_fast.training.world import StoppedTogether, World
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
@@ -204,9 +199,10 @@ def keep(run: Run, step: int, must_save: bool) -> None:
 def evaluate(run: Run, step: int) -> float:
     """Score the held-out pairs or questions. Returns what the best step is chosen by, lower is better."""
     expect_progress(run.config.run.hang_seconds)
-    scores = evaluate_pretraining(run.engine.evaluated(), run.pairs.validation, run.world.device, run.engine.dtype)
+    task = task_of(run.config.objectives.names)
+    scores = task.score(run.engine.evaluated(), run.pairs.validation, run.world.device, run.engine.dtype)
     run.monitor.evaluation(step, scores)
-    return task_of(run.config.objectives.names).loss(scores)
+    return task.loss(scores)
 
 
 def look(run: Run, step: int) -> None:
@@ -222,8 +218,8 @@ def look(run: Run, step: int) -> None:
 
 def write_model(run: Run, folder: Path) -> None:
     """Write the model as an export folder. Collective."""
-    pairs = run.pairs
-    export(run.engine.state, run.world, run.config.model, folder, pairs.tokenizer_folder, pairs.answers)
+    write = task_of(run.config.objectives.names).write
+    export(run.engine.state, run.world, lambda tensors: write(run.config, folder, tensors, run.pairs))
 
 
 def finish(run: Run) -> None:
@@ -254,8 +250,8 @@ def prepare(config: RunConfig, this: World) -> Run:
     task = task_of(config.objectives.names)
     sources = this.each(lambda: task.open_sources(config.data))
     this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
-    tokenizer, folder = open_tokenizer(config, this, sources)
-    read = fit_length(fit_vocabulary(config, tokenizer), len(sources))
+    tokenizer, folder = open_tokenizer(config, this, sources) if task.reads_text else (None, None)
+    read = fit_length(fit_vocabulary(config, tokenizer) if task.reads_text else config, len(sources))
     config, answers = this.each(lambda: task.fit(read, sources))
     dtype = DTYPES[config.engine.dtype]
     pairs = this.each(lambda: task.open_data(config, this, sources, tokenizer, folder, accumulated, dtype, answers))
@@ -263,7 +259,7 @@ def prepare(config: RunConfig, this: World) -> Run:
     torch.manual_seed(config.run.seed)
     module = this.each(lambda: build(config, this, start))
     this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), expected_bytes(count(module))))
-    engine = Engine(module, config, this, original_name, start.masters)
+    engine = Engine(module, config, this, task.parameter_name, start.masters)
     restore(engine.state, start, this)
     start.reader = start.masters = None
     monitor = Monitor(config.run.dir, config.run.max_steps, config.engine.global_batch, this.is_main)
@@ -274,18 +270,14 @@ def prepare(config: RunConfig, this: World) -> Run:
     return Run(config, this, engine, pairs, monitor, start)
 
 
-def build(config: RunConfig, this: World, start: Start) -> JointLoss:
+def build(config: RunConfig, this: World, start: Start) -> torch.nn.Module:
     """The module in fp32 on the host; weights from files are read on the main process alone."""
     from_files = this.is_main and start.step == 0 and not config.run.init
-    model = Meter(config.model, from_files, config.kernels)
+    task = task_of(config.objectives.names)
+    model = task.make(config, from_files)
     if this.is_main:
         load_weights(model, config, start)
-    module = JointLoss(model, config.objectives.names)
-    if set(config.objectives.names) != {"mlm", "itm"}:
-        freeze_unreached(module, config.model)
-    if model.mim_in_batch_head is not None:
-        model.mim_in_batch_head.all_ranks = config.objectives.mim_negatives == "all_ranks"
-    return module
+    return task.module(model, config)
 
 
 def count(module: torch.nn.Module) -> int:

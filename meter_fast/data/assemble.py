@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import PretrainBatch, TextToText
 from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
@@ -21,7 +21,7 @@ from meter_fast.data.text import TextPipeline
 
 NEGATIVES = ("batch", "dataset")
 # What a random number is for: each purpose has its own stream (1 is REPLACE of samples.py, 5 orders held-out splits).
-_COIN, _FALSE_PICTURE, _MASK, _HIDE_CELLS = 2, 3, 4, 6
+_COIN, _FALSE_PICTURE, _MASK, _HIDE_CELLS, _SPANS = 2, 3, 4, 6, 7
 
 
 class Assembler:
@@ -138,8 +138,8 @@ class Assembler:
 
     # ------------------------------------------------------------------------------------ text
 
-    def _texts(self, chosen: Sequence[Chosen], positions: np.ndarray) -> dict[str, torch.Tensor]:
-        """Token ids, mask, and what MLM hides, of a micro-batch."""
+    def _texts(self, chosen: Sequence[Chosen], positions: np.ndarray) -> dict[str, torch.Tensor | TextToText]:
+        """Token ids, mask, what MLM hides, and what a decoder reads and writes, of a micro-batch."""
         ids = self.text.encode([sample.text for sample in chosen])
         chance = _PositionRandom(self.seed, _MASK)
         hidden = [self.text.mask(text, chance.at(p)) for text, p in zip(ids, positions.tolist(), strict=True)]
@@ -155,6 +155,7 @@ class Assembler:
             "masked_rows": torch.from_numpy(rows),
             "masked_labels": torch.from_numpy(labels),
             "text_rows": text_mask.flatten().nonzero().flatten(),
+            **self.text.denoise(ids, map(_PositionRandom(self.seed, _SPANS).at, positions.tolist())),
         }
 
 

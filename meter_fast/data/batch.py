@@ -1,14 +1,38 @@
-"""What a micro-batch holds, of pre-training and of visual question answering.
+"""What a micro-batch holds: of pre-training, of visual question answering, of pictures alone.
 
 Knows the shapes and types that the loader fills and the objectives read. Knows nothing of files, models or devices
 beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and W pixels,
-N distinct pictures, A answers, G cells of a picture along one side.
+N distinct pictures, A answers, G cells of a picture along one side, T tokens to write.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextToText:
+    """Texts to read and texts to write, one of each for every pair.
+
+    ids       [B,L'] int64, what the encoder reads, padded
+    mask      [B,L'] bool, True on its real tokens
+    text_rows [N] int64, its real tokens as rows of a [B*L'] view, ascending
+    targets   [B,T] int64, what the decoder writes, padded
+    lengths   [B] int64, tokens of each target
+    rows      [M] int64, the targets' real tokens as rows of a [B*T] view, ascending
+    """
+
+    ids: Tensor
+    mask: Tensor
+    text_rows: Tensor
+    targets: Tensor
+    lengths: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device | str) -> "TextToText":
+        """The same texts on `device`."""
+        return TextToText(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,8 @@ class PretrainBatch:
     sample_ids     [B] int64, which samples these are, after the replacement of bad ones
     text_rows      [N] int64, the real tokens as rows of a [B*L] view, ascending; None: whoever needs them finds them
                    in `text_mask`, which on a GPU means waiting for it
+    span_denoising captions with spans hidden, and what was there; None where no objective asks for it
+    caption        captions hidden as a whole; None where no objective asks for it
 
     For masked image modelling, of a picture cut into cells as the vision encoder's tokens are; else None:
 
@@ -49,6 +75,8 @@ class PretrainBatch:
     cell_mask: Tensor | None = None
     cell_rows: Tensor | None = None
     cell_codes: Tensor | None = None
+    span_denoising: TextToText | None = None
+    caption: TextToText | None = None
 
     def __len__(self) -> int:
         """B, the number of pairs."""
@@ -59,7 +87,9 @@ class PretrainBatch:
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None:
+            if isinstance(value, TextToText):
+                value = value.to(device)
+            elif value is not None:
                 value = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
             moved[field.name] = value
         return PretrainBatch(**moved)
@@ -100,4 +130,25 @@ class VqaBatch:
         return VqaBatch(**{**moved, "images": moved["images"].to(dtype)})
 
 
-Batch = PretrainBatch | VqaBatch
+@dataclass(frozen=True)
+class PictureBatch:
+    """One micro-batch of pictures alone.
+
+    images         [B,3,H,W] float, normalised pixels
+    sample_ids     [B] int64, which samples these are, after the replacement of bad ones
+    """
+
+    images: Tensor
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        """B, the number of pictures."""
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PictureBatch":
+        """The same batch on `device`; only pictures take `dtype`."""
+        images = self.images.to(device, dtype, non_blocking=True)
+        return PictureBatch(images, self.sample_ids.to(device, non_blocking=True))
+
+
+Batch = PretrainBatch | VqaBatch | PictureBatch

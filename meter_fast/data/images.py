@@ -91,6 +91,13 @@ def denormalise(images: torch.Tensor, transform: ImageTransform) -> torch.Tensor
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def pixel_values(images: torch.Tensor, transform: ImageTransform) -> torch.Tensor:
+    """The inverse of `normalise`, unrounded: [..., 3, S, S] -> float32 of the same shape, values in 0..1."""
+    mean = torch.tensor(transform.mean, device=images.device)[:, None, None]
+    std = torch.tensor(transform.std, device=images.device)[:, None, None]
+    return (images.float() * std + mean).clamp(0, 1)
+
+
 class ImageBackend(Protocol):
     """Encoded pictures in, the model's input out. Safe to call from several threads.
 

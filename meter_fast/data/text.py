@@ -5,7 +5,7 @@ Knows one tokenizer and one way of masking; knows no files, no pictures and no o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from meter_fast.data import masking as masks
+from meter_fast.data.batch import TextToText
+from meter_fast.data.spans import Denoiser
 
 # More characters than this for each token that is kept are not looked at: a caption of 10 000 words costs what 1600
 # characters cost.
@@ -47,7 +49,7 @@ class TextPipeline:
 
     max_length: longest text in tokens, special tokens included (METER: 50 for pre-training). masking: "token",
     "whole_word_published", "whole_word" or "content_word" (see masking.py). probability: share of these that are
-    hidden.
+    hidden. denoiser: hides spans for objectives that write text; None where there are none.
     Raises ValueError for an unknown masking, a probability outside 0..1 or a max_length below 3.
     """
 
@@ -57,6 +59,7 @@ class TextPipeline:
         max_length: int = 50,
         masking: str = "token",
         probability: float = 0.15,
+        denoiser: Denoiser | None = None,
     ) -> None:
         if masking not in masks.KINDS:
             raise ValueError(f"objectives.masking={masking!r}: choose one of {', '.join(masks.KINDS)}")
@@ -71,6 +74,7 @@ class TextPipeline:
         self.max_length = max_length
         self.masking = masking
         self.probability = probability
+        self.denoiser = denoiser
         self.pad_id: int = tokenizer.pad_token_id
         self.vocabulary = masks.read_vocabulary(tokenizer)
         # A copy of our own: truncation and special tokens are settings of the object, which other users of the
@@ -102,6 +106,18 @@ class TextPipeline:
                 array, self.vocabulary, self.probability, self.max_length, generator
             )
         return masks.hide(array, positions, self.vocabulary, generator), positions, array[positions]
+
+    def denoise(self, ids: Sequence[Sequence[int]], chances: Iterable[np.random.Generator]) -> dict[str, TextToText]:
+        """By the objective that writes text, what is read and written for each of B texts; chances: one for each."""
+        if self.denoiser is None:
+            return {}
+        return {name: self._text_to_text(texts) for name, texts in self.denoiser.hide(ids, chances).items()}
+
+    def _text_to_text(self, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TextToText:
+        ids, mask = self.pad([read for read, _ in texts])
+        targets, real = self.pad([written for _, written in texts])
+        rows = [part.flatten().nonzero().flatten() for part in (mask, real)]
+        return TextToText(ids, mask, rows[0], targets, real.sum(1), rows[1])
 
     def pad(self, ids: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts -> (ids [B,L] int64, filled up with the tokenizer's padding id; mask [B,L] bool, True on text).

@@ -22,6 +22,8 @@ from transformers import (
     RobertaTokenizerFast,
 )
 
+from meter_fast.data.spans import sentinel
+
 BERT_SPECIALS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -142,13 +144,18 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
 
 
 def train_tokenizer(
-    captions: Iterable[str], out: str | os.PathLike[str], kind: str = "bert", vocab_size: int = 8192
+    captions: Iterable[str],
+    out: str | os.PathLike[str],
+    kind: str = "bert",
+    vocab_size: int = 8192,
+    sentinels: int = 0,
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on captions and save it as the folder `out`, which load_tokenizer opens without a network.
 
     kind: "bert" = lower-case WordPiece of whole words, [PAD] [UNK] [CLS] [SEP] [MASK] = 0..4. "roberta" = byte-level
-    BPE, <s> <pad> </s> <unk> = 0..3, <mask> last. vocab_size: at most that many tokens. The same captions give the
-    same file. Raises ValueError for an unknown kind, no captions, or a vocab_size too small for the alphabet.
+    BPE, <s> <pad> </s> <unk> = 0..3, <mask> last. vocab_size: at most that many tokens; behind them come the
+    sentinels of span denoising. The same captions give the same file. Raises ValueError for an unknown kind, no
+    captions, or a vocab_size too small for the alphabet.
     """
     if kind not in ("bert", "roberta"):
         raise ValueError(f"tokenizer kind {kind!r}: choose 'bert' or 'roberta'")
@@ -156,9 +163,10 @@ def train_tokenizer(
     if vocab_size < smallest:
         raise ValueError(f"vocab_size {vocab_size} is too small for a {kind} tokenizer: give at least {smallest}")
     trained = _train_wordpiece(captions, vocab_size) if kind == "bert" else _train_byte_bpe(captions, vocab_size)
+    trained.add_special_tokens([sentinel(number) for number in range(sentinels)])
     specials = BERT_SPECIALS if kind == "bert" else ROBERTA_SPECIALS
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, model_max_length=512, **specials)
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + (256 if kind == "roberta" else 0):
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + sentinels + (256 if kind == "roberta" else 0):
         raise ValueError("no words in the captions: nothing to train a tokenizer on")
     Path(out).mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)

@@ -62,8 +62,8 @@ HEAD_NAMES = tuple(sorted({name.split(".")[0] + "." for name in HEADS.values()})
 def original_names(name: str) -> tuple[str, ...]:
     """Published names of one of our parameters, in the order in which they are stacked. A leading "model." is allowed.
 
-    Layers of merged attention and heads of masked image modelling were never published; theirs are written in the same
-    style, so that groups can be decided on them. Raises ValueError if the model has no such parameter.
+    Layers of merged attention, decoders and heads of masked image modelling were never published; theirs are written in
+    the same style, so that groups can be decided on them. Raises ValueError if the model has no such parameter.
     """
     name = name.removeprefix("model.")
     top, _, rest = name.partition(".")
@@ -76,6 +76,10 @@ def original_names(name: str) -> tuple[str, ...]:
         found = (TEXT + rest,)
     elif top == "fusion":
         found = _fusion_names(rest)
+    elif top == "decoder":
+        found = (f"cross_modal_decoder.{rest}",)
+    elif top == "lm_head" and f"mlm_head.{rest}" in HEADS:
+        found = (f"decoder_{HEADS[f'mlm_head.{rest}']}",)
     elif name in HEADS:
         found = (HEADS[name],)
     if not found:

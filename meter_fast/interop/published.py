@@ -109,6 +109,11 @@ def to_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _must_co_attend(config: ModelConfig) -> None:
+    if config.decoder.layers:
+        raise ValueError(
+            f"model.decoder.layers={config.decoder.layers}: published METER checkpoints have no decoder; keep this "
+            "model as an export folder"
+        )
     if config.fusion.name != "co_attention":
         raise ValueError(
             f"model.fusion.name={config.fusion.name}: published METER checkpoints have co-attention layers, which a "

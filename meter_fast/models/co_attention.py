@@ -39,11 +39,16 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if record is None and self._absorbs(own, side, x):
             return self.norm(*self._absorbed(x, other, own, side, dropout), x)
-        query = self.query(x)
         key, value = self.key_value(other).split(self.width, -1)
         if record is not None:
-            record.append(attention_weights(split_heads(query, self.heads), split_heads(key, self.heads), side.mask))
-        read = attend_across(query, key, value, own, side, self.heads, dropout, self.kernel)
+            query = split_heads(self.query(x), self.heads)
+            record.append(attention_weights(query, split_heads(key, self.heads), side.mask))
+        return self.read(x, key, value, own, side)
+
+    def read(self, x: Tensor, key: Tensor, value: Tensor, own: Side, side: Side) -> Tensor:
+        """The direct form, of known keys and values: x [..., D] as `own` lies, key and value as `side` lies."""
+        dropout = self.dropout if self.training else 0.0
+        read = attend_across(self.query(x), key, value, own, side, self.heads, dropout, self.kernel)
         return self.norm(*self.out(read), x)
 
     def _absorbs(self, own: Side, side: Side, x: Tensor) -> bool:
@@ -137,9 +142,15 @@ class CoAttention(Fusion):
     takes_packed = True
 
     def __init__(
-        self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig, image_mean: bool = False
+        self,
+        config: FusionConfig,
+        text_width: int,
+        image_width: int,
+        kernels: KernelsConfig,
+        image_mean: bool = False,
+        pooled: bool = True,
     ) -> None:
-        super().__init__(config, text_width, image_width, kernels, image_mean, CoAttentionLayer)
+        super().__init__(config, text_width, image_width, kernels, image_mean, CoAttentionLayer, pooled)
 
     def forward(
         self,
@@ -189,5 +200,7 @@ class CoAttention(Fusion):
             text = side.padded(text)
         if need is Need.TEXT:
             return Fused(text, None, None, record)
+        if need is Need.BOTH:
+            return Fused(text, new_image, None, record)
         cls = self._pool(text, new_image)
         return Fused(None, None, cls, record) if need is Need.CLS else Fused(text, new_image, cls, record)

@@ -96,6 +96,7 @@ class TextConfig:
     max_positions: rows of the position table, RoBERTa uses those from pad_id + 1 on; DeBERTa's reach of relative ones.
     weights: None (random), a local folder or file as Hugging Face writes them, or the name of a hub model.
     embedding_width: of the tables, where they are narrower than the layers (ALBERT, small ELECTRA); None: as wide.
+    added_tokens: how many of the vocabulary, the last ones, the weights have no row for: sentinels of span denoising.
     """
 
     name: str = "roberta"
@@ -111,6 +112,7 @@ class TextConfig:
     pad_id: int = 1
     weights: str | None = None
     embedding_width: int | None = None
+    added_tokens: int = 0
     activation: Literal["gelu", "gelu_new", "quick_gelu"] = "gelu"
 
     def __post_init__(self) -> None:
@@ -170,9 +172,26 @@ class FusionConfig:
 
 
 @dataclass(frozen=True)
+class DecoderConfig:
+    """Layers behind the fusion that write text (paper: 3, behind 3 fusion layers); 0: an encoder alone.
+
+    Width, heads and dropout are the fusion's. max_positions: the most tokens of a text that is written.
+    """
+
+    layers: int = 0
+    max_positions: int = 64
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise ValueError(f"decoder.layers={self.layers}: 0 (no decoder) or more")
+        if self.max_positions < 2:
+            raise ValueError(f"decoder.max_positions={self.max_positions}: at least 2, a token and the end")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model; `mlm_head`, `itm_head`, ... say which pre-training heads it has. mim_codes_head: number of codes
-    of the image tokenizer, 0 for no head.
+    of the image tokenizer, 0 for no head. One with a decoder also has a head over the vocabulary behind that.
 
     vqa_answers: answers that the head of visual question answering chooses from (3129 in VQAv2); 0: no such head.
     init_std: of the matrices and embeddings that start at random; 0.02 as published, which suits a width of 768. Narrow
@@ -188,6 +207,12 @@ class ModelConfig:
     mim_codes_head: int = 0
     vqa_answers: int = 0
     init_std: float = 0.02
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    @property
+    def cls_width(self) -> int:
+        """Of `Fused.cls`, which classifying heads read: both sides' pooled rows, or the decoder's one row."""
+        return self.fusion.width if self.decoder.layers else 2 * self.fusion.width
 
     def __post_init__(self) -> None:
         if self.vqa_answers < 0:

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meter_fast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
+from meter_fast.models.config import DecoderConfig, FusionConfig, ModelConfig, TextConfig, VisionConfig
 from meter_fast.models.files import read_json, read_tensors
 from meter_fast.models.meter import Meter
 from meter_fast.models.weights import copy_into
@@ -107,6 +107,7 @@ def _read_config(values: object, where: Path) -> ModelConfig:
             TextConfig(**parts.pop("text")),
             FusionConfig(**parts.pop("fusion")),
         )
-        return ModelConfig(vision, text, fusion, **parts)
+        decoder = DecoderConfig(**parts.pop("decoder", {}))  # exports of encoders may say nothing of one
+        return ModelConfig(vision, text, fusion, decoder=decoder, **parts)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f'{where}: its "model" is not a configuration that this version knows ({error})') from error

@@ -23,6 +23,7 @@ class Need(Enum):
     ALL = "all"  # every text row, every image row, cls
     TEXT = "text"  # every text row
     IMAGE = "image"  # every image row, class tokens included
+    BOTH = "both"  # every text row and every image row, no cls
     CLS = "cls"  # cls only: the first row of each side (of the image, the mean where it has no class token), pooled
 
 
@@ -40,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Fused:
-    """text [P,L,D], image [P,V,D], cls [P,2D] (text half first); None where `Need` did not ask.
+    """text [P,L,D], image [P,V,D], cls [P,2D] (text half first) or [P,D] (of a decoder); None where `Need` did not ask.
 
     attention: per layer the weights from text to image [P,H,L,V] float32, when asked for.
     """
@@ -52,7 +53,7 @@ class Fused:
 
 
 class Fusion(nn.Module):
-    """Projections, token types, `config.layers` layers of the class given, poolers.
+    """Projections, token types, `config.layers` layers of the class given, poolers unless `pooled` is False.
 
     image_mean: images come without class token, and their pooler reads the mean of their tokens.
     """
@@ -65,6 +66,7 @@ class Fusion(nn.Module):
         kernels: KernelsConfig,
         image_mean: bool,
         layer: Callable[[FusionConfig, KernelsConfig, bool], nn.Module],
+        pooled: bool = True,
     ) -> None:
         super().__init__()
         self.image_mean = image_mean
@@ -72,8 +74,8 @@ class Fusion(nn.Module):
         self.image_projection = nn.Linear(image_width, config.width)
         self.token_types = nn.Embedding(config.token_types, config.width)
         self.layers = nn.ModuleList(layer(config, kernels, image_mean) for _ in range(config.layers))
-        self.text_pooler = Pooler(config.width)
-        self.image_pooler = Pooler(config.width)
+        self.text_pooler = Pooler(config.width) if pooled else None
+        self.image_pooler = Pooler(config.width) if pooled else None
         self.activation_checkpointing = False
 
     def _project(self, text: Tensor, image: Tensor, image_type: int) -> tuple[Tensor, Tensor]:

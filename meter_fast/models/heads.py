@@ -46,10 +46,10 @@ class MlmHead(nn.Module):
 
 
 class ItmHead(nn.Linear):
-    """cls [B,2D] -> logits [B,2]; class 1 says that text and picture belong together."""
+    """cls [B,width] -> logits [B,2]; class 1 says that text and picture belong together."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(2 * width, 2)
+        super().__init__(width, 2)
 
 
 class MimInBatchHead(nn.Module):
@@ -76,11 +76,11 @@ class MimInBatchHead(nn.Module):
 
 
 class AnswerHead(nn.Module):
-    """cls [B,2D] -> logits [B,A] of the answers: dense 2D, LayerNorm eps 1e-5, GELU, dense A."""
+    """cls [B,2D] ([B,D] of a decoder) -> logits [B,A] of the answers: dense 2D, LayerNorm eps 1e-5, GELU, dense A."""
 
-    def __init__(self, width: int, answers: int) -> None:
+    def __init__(self, inputs: int, width: int, answers: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(2 * width, 2 * width)
+        self.dense = nn.Linear(inputs, 2 * width)
         self.norm = nn.LayerNorm(2 * width)
         self.out = nn.Linear(2 * width, answers)
 

@@ -61,9 +61,15 @@ class MergedAttention(Fusion):
     takes_packed = False
 
     def __init__(
-        self, config: FusionConfig, text_width: int, image_width: int, kernels: KernelsConfig, image_mean: bool = False
+        self,
+        config: FusionConfig,
+        text_width: int,
+        image_width: int,
+        kernels: KernelsConfig,
+        image_mean: bool = False,
+        pooled: bool = True,
     ) -> None:
-        super().__init__(config, text_width, image_width, kernels, image_mean, MergedLayer)
+        super().__init__(config, text_width, image_width, kernels, image_mean, MergedLayer, pooled)
 
     def forward(
         self,
@@ -98,5 +104,7 @@ class MergedAttention(Fusion):
         if need is Need.CLS and not self.image_mean:
             images = 1
         image, text = x.split([images, x.shape[1] - images], dim=1)
+        if need is Need.BOTH:
+            return Fused(text, image, None, record)
         cls = self._pool(text, image)
         return Fused(None, None, cls, record) if need is Need.CLS else Fused(text, image, cls, record)

@@ -1,4 +1,4 @@
-"""METER assembled: two encoders, fusion, heads. Knows no batch, no loss, no optimizer.
+"""METER assembled: two encoders, fusion, decoder if there is one, heads. Knows no batch, no loss, no optimizer.
 
 Shape letters: B pairs, N distinct pictures, L text tokens, V image tokens, D fusion width, S vocabulary, M masked rows.
 Source: Dou et al. 2022, "An Empirical Study of Training End-to-End Vision-and-Language Transformers", section 3.
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meter_fast.kernels.cross_attention.reference import is_fused
 from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.decoder import TextDecoder
 from meter_fast.models.fusion import Fused, Need, Part
 from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, init_new_weights
 from meter_fast.models.merged_attention import MergedAttention
@@ -47,20 +48,24 @@ class Meter(nn.Module):
         self.text = build_text(config.text)
         no_class_token = config.vision.class_tokens == 0
         self.fusion = FUSIONS[config.fusion.name](
-            config.fusion, config.text.width, config.vision.width, kernels, no_class_token
+            config.fusion, config.text.width, config.vision.width, kernels, no_class_token, not config.decoder.layers
         )
-        self.mlm_head = (
-            MlmHead(config.fusion.width, config.text.vocab_size, kernels.mlm_loss) if config.mlm_head else None
-        )
-        self.itm_head = ItmHead(config.fusion.width) if config.itm_head else None
+        words = (config.fusion.width, config.text.vocab_size, kernels.mlm_loss)
+        self.mlm_head = MlmHead(*words) if config.mlm_head else None
+        self.itm_head = ItmHead(config.cls_width) if config.itm_head else None
+        self.decoder = self.lm_head = None
+        if config.decoder.layers:
+            self.decoder = TextDecoder(config.text.vocab_size, config.decoder, config.fusion, kernels)
+            self.lm_head = MlmHead(*words)
         cell_values = 3 * config.vision.patch_size**2
         self.mim_in_batch_head = MimInBatchHead(config.fusion.width, cell_values) if config.mim_in_batch_head else None
         self.mim_codes_head = (
             Decoder(config.fusion.width, config.mim_codes_head, kernels.mlm_loss) if config.mim_codes_head else None
         )
-        self.vqa_head = AnswerHead(config.fusion.width, config.vqa_answers) if config.vqa_answers else None
-        heads = (self.mlm_head, self.itm_head, self.mim_in_batch_head, self.mim_codes_head, self.vqa_head)
-        for module in (self.fusion, *heads):
+        answers = config.vqa_answers
+        self.vqa_head = AnswerHead(config.cls_width, config.fusion.width, answers) if answers else None
+        heads = (self.mlm_head, self.itm_head, self.lm_head, self.mim_in_batch_head, self.mim_codes_head, self.vqa_head)
+        for module in (self.fusion, self.decoder, *heads):
             if module is not None:
                 init_new_weights(module, config.init_std)
         for encoder, given in ((self.vision, config.vision.weights), (self.text, config.text.weights)):
@@ -103,13 +108,15 @@ class Meter(nn.Module):
         """text [B,L,D_text], image [B,V,D_vision], text_mask [B,L] bool -> the rows that `need` names.
 
         image_type: row of the token types added to the image (2: the second picture of NLVR2). attention: also return
-        each layer's weights from text to image [B,H,L,V] float32, for pictures.
+        each layer's weights from text to image [B,H,L,V] float32, for pictures. In a model with a decoder, cls is what
+        the decoder makes of the class token.
         """
         if text.shape[0] != image.shape[0]:
             raise ValueError(f"{text.shape[0]} texts and {image.shape[0]} pictures: give one picture for each text")
         parts = (Part(need, text.shape[0]),)
         if attention:  # the weights are those of padded texts
-            return self.fusion(text, image, text_mask, parts, image_type, attention)[0]
+            fused = self.fusion(text, image, text_mask, self._of_fusion(parts), image_type, attention)
+            return self._classified(fused, text_mask, parts)[0]
         return self.fuse_parts(text, image, text_mask, parts, image_type)[0]
 
     def fuse_parts(
@@ -131,13 +138,33 @@ class Meter(nn.Module):
             packings = None
         elif packings is None:
             packings = tuple(Packing.of(mask) for mask in text_mask.split([part.pairs for part in parts]))
-        return self.fusion(text, image, text_mask, parts, image_type, packings=packings)
+        fused = self.fusion(text, image, text_mask, self._of_fusion(parts), image_type, packings=packings)
+        return self._classified(fused, text_mask, parts)
+
+    def _of_fusion(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """What the fusion is asked for: the decoder's class token reads all rows of both sides."""
+        if self.decoder is None:
+            return parts
+        return tuple(replace(part, need=Need.BOTH) if part.need in (Need.CLS, Need.ALL) else part for part in parts)
+
+    def _classified(self, fused: tuple[Fused, ...], text_mask: Tensor, parts: tuple[Part, ...]) -> tuple[Fused, ...]:
+        """With the decoder's cls where one is needed; without the rows that only it has read."""
+        if self.decoder is None:
+            return fused
+        found = []
+        for one, mask, part in zip(fused, text_mask.split([part.pairs for part in parts]), parts, strict=True):
+            if part.need in (Need.CLS, Need.ALL):
+                one = replace(one, cls=self.decoder.classify(one.text, one.image, mask))
+            found.append(replace(one, text=None, image=None) if part.need is Need.CLS else one)
+        return tuple(found)
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Trades memory for time: keep only each block's input and compute the block again in backward."""
         self.vision.set_grad_checkpointing(on)
         set_text_checkpointing(self.text, on)
         self.fusion.activation_checkpointing = on
+        if self.decoder is not None:
+            self.decoder.activation_checkpointing = on
 
     def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
         """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's) or "plain";
@@ -148,6 +175,8 @@ class Meter(nn.Module):
             sizes |= {"fusion": (images + texts, images + texts)}
         else:
             sizes |= {"fusion, text to image": (texts, images), "fusion, image to image": (images, images)}
+        if self.config.decoder.layers:
+            sizes |= {"decoder": (texts, texts), "decoder to image": (texts, images)}
         forms = {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
         if self.config.vision.name in ATTENTION_OF_TIMM:
             forms["vision"] = "timm"
@@ -164,7 +193,7 @@ AMPERE = (8, 0)
 def settle(kernels: KernelsConfig, config: ModelConfig) -> KernelsConfig:
     """`kernels` with no "auto" left but for the form. Raises ValueError if the model does not fit what is asked for."""
     size = config.fusion.width // config.fusion.heads
-    if config.fusion.name == "merged_attention":
+    if config.fusion.name == "merged_attention" and not config.decoder.layers:
         kernels = _without_cross_attention(kernels)
     if kernels.cross_attention == "triton" and size not in TRITON_HEADS:
         raise ValueError(

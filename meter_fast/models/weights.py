@@ -111,8 +111,8 @@ def load_text_weights(text: nn.Module, config: TextConfig) -> WeightsReport:
     """Fills a text encoder from `config.weights`, in place: a hub name, or a folder or file as Hugging Face writes.
 
     Poolers, language-model heads and, of a whole CLIP, its other half are left out; so are the layers where
-    `config.layers` is 0. CLIP's vocabulary may lack its last token, the mask token: that row then keeps its random
-    start. Raises ValueError where the file or its config.json does not fit.
+    `config.layers` is 0. The rows of `config.added_tokens`, and of CLIP's mask token if the file lacks it, keep their
+    random start. Raises ValueError where the file or its config.json does not fit.
     """
     source = str(config.weights)
     file, family = _text_file(source, config), FAMILIES[config.name]
@@ -130,18 +130,26 @@ def load_text_weights(text: nn.Module, config: TextConfig) -> WeightsReport:
             kept[name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = (
                 value
             )
-    resized = _add_mask_token(kept, text) if config.name == "clip" else ()
+    resized = _add_rows(kept, text, config)
     notes = (f"{len(left_out)} other tensors of the file left out: {_few(left_out)}",) if left_out else ()
     return WeightsReport("text encoder", source, copy_into(text, kept, str(file)), resized, notes)
 
 
-def _add_mask_token(kept: dict[str, Tensor], text: nn.Module) -> tuple[str, ...]:
-    """CLIP was not trained to fill in words: gives its table of words the row that it lacks, in place."""
-    name, own = "embeddings.token_embedding.weight", text.embeddings.token_embedding.weight.detach()
-    if name not in kept or len(kept[name]) != len(own) - 1:
+def _add_rows(kept: dict[str, Tensor], text: nn.Module, config: TextConfig) -> tuple[str, ...]:
+    """Gives a table of words the rows of tokens that the encoder was not trained with, in place: sentinels, and before
+    them CLIP's mask token, as CLIP was not trained to fill in words."""
+    table = text.get_input_embeddings()
+    name = next(name for name, part in text.named_modules() if part is table) + ".weight"
+    own, rows = table.weight.detach(), len(kept.get(name, ()))
+    published = len(own) - config.added_tokens
+    lacks_mask = config.name == "clip" and rows == published - 1
+    if name not in kept or not (rows == published or lacks_mask) or rows == len(own):
         return ()
-    kept[name] = torch.cat([kept[name].to(own), own[-1:]])
-    return (f"row {len(own) - 1} of the vocabulary, the mask token's, starts at random",)
+    kept[name] = torch.cat([kept[name].to(own), own[rows:]])
+    notes = [f"row {rows} of the vocabulary, the mask token's, starts at random"] if lacks_mask else []
+    if config.added_tokens:
+        notes.append(f"rows {published} to {len(own) - 1} of the vocabulary, added tokens, start at random")
+    return tuple(notes)
 
 
 def copy_into(module: nn.Module, tensors: dict[str, Tensor], source: str) -> int:

@@ -10,7 +10,6 @@ the batch's own; `reading`, what it asks of the encoders and the fusion; `count`
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from meter_fast.data.batch import Batch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import itm, mim_codes, mim_in_batch, mlm, vqa
+from meter_fast.objectives import caption, itm, mim_codes, mim_in_batch, mlm, reconstruction, span_denoising, vqa
+from meter_fast.objectives.losses import Losses
 from meter_fast.objectives.reading import Reading
 
 OBJECTIVES: dict[str, ModuleType] = {
@@ -28,20 +28,18 @@ OBJECTIVES: dict[str, ModuleType] = {
     "itm": itm,
     "mim_in_batch": mim_in_batch,
     "mim_codes": mim_codes,
+    "span_denoising": span_denoising,
+    "caption": caption,
     "vqa": vqa,
 }
-
-
-@dataclass(frozen=True)
-class Losses:
-    """loss: float32 scalar to run backward on, the plain sum of `parts` (detached, by objective).
-
-    metrics: by name, (how many were right, of how many), scalars on the device; what is right in part counts in part.
-    """
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-    metrics: dict[str, tuple[Tensor, Tensor]]
+SETTINGS = {  # that give a model the head
+    "mlm_head": "mlm_head=true",
+    "itm_head": "itm_head=true",
+    "mim_in_batch_head": "mim_in_batch_head=true",
+    "mim_codes_head": "mim_codes_head=NUMBER",
+    "lm_head": "decoder.layers=3",
+    "vqa_head": "vqa_answers=NUMBER",
+}
 
 
 class JointLoss(nn.Module):
@@ -53,9 +51,7 @@ class JointLoss(nn.Module):
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives.names has {name!r}: known are {', '.join(OBJECTIVES)}")
             if getattr(model, OBJECTIVES[name].HEAD) is None:
-                setting = {"vqa": "vqa_answers=NUMBER", "mim_codes": "mim_codes_head=NUMBER"}.get(
-                    name, f"{OBJECTIVES[name].HEAD}=true"
-                )
+                setting = SETTINGS[OBJECTIVES[name].HEAD]
                 raise ValueError(f"objective {name!r} needs a head that the model lacks: set model.{setting}")
         if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(f"objectives.names={tuple(objectives)}: name at least one objective, each once")
@@ -113,7 +109,8 @@ class JointLoss(nn.Module):
 
 def counts_of(objectives: Sequence[str], batches: Sequence[Batch]) -> dict[str, int]:
     """What each objective's loss is a mean over, in these micro-batches together."""
-    return {name: sum(map(OBJECTIVES[name].count, batches)) for name in objectives}
+    counted = {**OBJECTIVES, reconstruction.NAME: reconstruction}  # the latter is no objective of a Meter
+    return {name: sum(map(counted[name].count, batches)) for name in objectives}
 
 
 def shares(counts: Mapping[str, float], micro_batches: int) -> dict[str, float]:

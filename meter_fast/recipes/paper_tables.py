@@ -274,7 +274,7 @@ RESOLUTION = Table(
     "resolution",
     "Resolution of fine-tuning after pre-training at 224 px (in miniature 64, 96, 128 and 192 px after 96 px; the "
     "paper plots this one, so no figures are quoted)",
-    "a figure of section 4.1.2",
+    "the figure on resolution",
     True,
     METRICS,
     (

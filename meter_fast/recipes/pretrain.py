@@ -3,6 +3,7 @@
     deepspeed --module meter_fast.train pretrain size=base data.root=DATA run.dir=runs/base
     deepspeed --num_gpus 2 --module meter_fast.train pretrain size=tiny data.root=SCENES
     deepspeed --module meter_fast.train pretrain size=base vision=swin_b_384 text=deberta_v3_base data.root=DATA
+    deepspeed --module meter_fast.train pretrain size=base fusion=encoder_decoder data.root=DATA
 
 `base` is METER-CLIP16-RoBERTa at 288 px as published: 100,000 steps of 4096 pairs from COCO, Visual Genome, SBU and
 Conceptual Captions 3M, 8 days on 8 A100 in the paper (Dou et al. 2022, arXiv 2111.02387, section 4 and its appendix).
@@ -17,19 +18,28 @@ from typing import Literal
 
 from meter_fast.config import DataConfig, EngineConfig, ObjectivesConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.models import config as models
+from meter_fast.models.config import DecoderConfig
 from meter_fast.models.text_presets import TEXT_PRESETS, TextChoice, tiny_text
 from meter_fast.models.vision_presets import VISION_PRESETS, VisionChoice, tiny_vision
 
+FusionChoice = Literal["co_attention", "merged_attention", "encoder_decoder"]
+
 
 def pretrain(
-    size: Literal["tiny", "base"] = "base", vision: VisionChoice = "default", text: TextChoice = "default"
+    size: Literal["tiny", "base"] = "base",
+    vision: VisionChoice = "default",
+    text: TextChoice = "default",
+    fusion: FusionChoice = "co_attention",
 ) -> RunConfig:
     """The configuration of a pre-training run.
 
     vision, text: other encoders, with everything that belongs to them: sizes and, at size base, native resolution,
     weights, pixel values and tokenizer.
+    fusion: one of the paper's table 7: pairs of co-attention layers, twice as many layers of merged attention, or half
+    the pairs with as many decoder layers, which is trained on span denoising in place of MLM, and at size tiny on
+    captioning too.
     """
-    config = base() if size == "base" else tiny()
+    config = _with_fusion(base() if size == "base" else tiny(), size, fusion)
     config = config if vision == "default" else _with_vision(config, size, vision)
     return config if text == "default" else _with_text(config, size, text)
 
@@ -43,6 +53,27 @@ def _with_vision(config: RunConfig, size: str, vision: str) -> RunConfig:
         model=replace(config.model, vision=preset.config),
         data=replace(config.data, transform=preset.transform),
     )
+
+
+def _with_fusion(config: RunConfig, size: str, fusion: str) -> RunConfig:
+    model, pairs = config.model, config.model.fusion.layers  # 6 in the paper
+    if fusion == "merged_attention":
+        return replace(config, model=replace(model, fusion=replace(model.fusion, name=fusion, layers=2 * pairs)))
+    if fusion == "encoder_decoder":
+        layers, goals = pairs // 2, replace(config.objectives, names=("span_denoising", "itm"))
+        if size == "tiny":  # captions of few words, of which the text gives most away
+            goals = replace(goals, names=(*goals.names, "caption"), span_probability=0.3)
+        return replace(
+            config,
+            model=replace(
+                model,
+                fusion=replace(model.fusion, layers=layers),
+                decoder=DecoderConfig(layers=layers),
+                mlm_head=False,
+            ),
+            objectives=goals,
+        )
+    return config
 
 
 def _with_text(config: RunConfig, size: str, text: str) -> RunConfig:

@@ -24,8 +24,8 @@ from typing import Literal
 from meter_fast.config import DataConfig, EngineConfig, ObjectivesConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.models.text_presets import TextChoice
 from meter_fast.models.vision_presets import VisionChoice
+from meter_fast.recipes.pretrain import FusionChoice, pretrain
 from meter_fast.recipes.pretrain import base as pretrained_base
-from meter_fast.recipes.pretrain import pretrain
 from meter_fast.recipes.pretrain import tiny as pretrained_tiny
 
 TRAIN, HELD_OUT = ("arrow:vqav2_train",), ("arrow:vqav2_val",)
@@ -35,15 +35,16 @@ def vqa(
     size: Literal["tiny", "base"] = "base",
     vision: VisionChoice = "default",
     text: TextChoice = "default",
+    fusion: FusionChoice = "co_attention",
     published: Literal["true", "false"] = "false",
     from_encoders: Literal["true", "false"] = "false",
 ) -> RunConfig:
     """The configuration of a fine-tuning run.
 
-    vision, text: as of `pretrain`, to be those of the model in run.init. published: train on the validation split, too.
-    from_encoders: start from encoders alone, at size base with the learning rates of section 4.1.1.
+    vision, text, fusion: as of `pretrain`, to be those of the model in run.init. published: train on the validation
+    split, too. from_encoders: start from encoders alone, at size base with the learning rates of section 4.1.1.
     """
-    config = _on_questions(pretrain(size, vision, text), base() if size == "base" else tiny(), text)
+    config = _on_questions(pretrain(size, vision, text, fusion), base() if size == "base" else tiny(), text)
     if published == "true":
         config = replace(config, data=replace(config.data, sources=("vqa",), val_sources=()))
     if from_encoders == "true" and size == "tiny":  # its encoders have no weights: all starts at random

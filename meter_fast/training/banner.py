@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from meter_fast.config import RunConfig
+from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.sources import Sources
 from meter_fast.kernels.varlen_attention import varlen_backend
@@ -27,11 +28,11 @@ Row = tuple[str, str]
 
 def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: Start, model: Meter) -> list[Row]:
     """All rows of the start banner."""
-    return [
+    said = [
         ("run", config.run.dir),
         ("devices", f"{world.size} x {_device(world.device)}, {dist.get_backend()}"),
         ("model", _parameters(model)),
-        ("kernels", _kernels(config, world, model)),
+        ("kernels", _kernels(config, world, model) if isinstance(model, Meter) else ""),
         ("engine", _engine(config, engine, world)),
         ("global batch", _batch(config, engine, world)),
         ("steps", f"{config.run.max_steps:,}, warm-up {engine.schedule.warmup_steps:,}, starting at {start.step:,}"),
@@ -39,12 +40,18 @@ def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: S
         ("data", _coverage(pairs.sources)),
         ("held out", _coverage(pairs.held_out) if pairs.held_out else "none: data.val_sources is empty"),
         ("pictures", _pictures(config, pairs.backend)),
-        ("text", f"{len(pairs.tokenizer):,} tokens of {config.data.tokenizer}, up to {config.data.max_text_length} a "
-                 f"text"),
+        ("text", _text(config, pairs)),
         ("objectives", _objectives(config, pairs)),
         ("checkpoints", f"{checkpoints_of(config.run.dir)}, every {config.run.save_every:,} steps, the last "
                         f"{config.run.keep_last} and the best kept"),
     ]  # fmt: skip
+    return [row for row in said if row[1]]
+
+
+def _text(config: RunConfig, pairs: Pairs) -> str:
+    if pairs.tokenizer is None:
+        return ""
+    return f"{len(pairs.tokenizer):,} tokens of {config.data.tokenizer}, up to {config.data.max_text_length} a text"
 
 
 def _objectives(config: RunConfig, pairs: Pairs) -> str:
@@ -55,6 +62,11 @@ def _objectives(config: RunConfig, pairs: Pairs) -> str:
         parts.append(f"{len(pairs.answers):,} answers{unnamed}")
     if "mlm" in chosen.names:
         parts.append(f"masking {chosen.masking} {chosen.mlm_probability:g}")
+    if {"mim_in_batch", "mim_codes"} & set(chosen.names):
+        hidden = CellMasking(config.model.vision.grid, chosen.mim_probability).hidden
+        parts.append(f"{hidden} of {config.model.vision.grid**2} cells of a picture hidden")
+    if "mim_codes" in chosen.names:
+        parts.append(f"{config.model.mim_codes_head:,} codes of {chosen.image_tokenizer}")
     if "itm" in chosen.names:
         parts.append(f"false pictures from the {chosen.itm_negatives}")
     return "; ".join(parts)
@@ -145,5 +157,5 @@ def _coverage(sources: Sources) -> str:
 
 
 def _pictures(config: RunConfig, backend: ImageBackend) -> str:
-    size = config.model.vision.image_size
+    size = backend.transform.size
     return f"{backend.name}: {config.data.transform} at {size} px, up to {config.data.max_image_pixels / 1e6:.3g} Mpx"

@@ -108,6 +108,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=PlainOutputs(module), optimizer=optimizer, config=settings, dist_init_required=False
         )
+        for buffer in module.buffers():  # parameters were sent to all by DeepSpeed
+            world.broadcast(buffer)
         self.module = module
         self.state = NamedState(self._engine, self.module.model, world)
         if self.dtype != torch.float32:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meter_fast.config import ConfigError, ObjectivesConfig, RunConfig
 from meter_fast.data.cell_masking import CellMasking
-from meter_fast.data.images import ImageTransform
+from meter_fast.data.images import ImageTransform, pixel_values
 from meter_fast.models.config import VisionConfig
 from meter_fast.models.image_tokenizer import ImageTokenizer, open_image_tokenizer
 from meter_fast.models.vq_vae import VqVae
@@ -52,14 +52,8 @@ def codes_by(tokenizer: ImageTokenizer, transform: ImageTransform, grid: int) ->
 
     def tokenize(images: Tensor) -> Tensor:
         pixels = F.interpolate(
-            values_of(images, transform), size=2 * [grid * tokenizer.factor], mode="bicubic", antialias=True
+            pixel_values(images, transform), size=2 * [grid * tokenizer.factor], mode="bicubic", antialias=True
         )
         return tokenizer.encode(pixels.clamp(0, 1))
 
     return tokenize
-
-
-def values_of(images: Tensor, transform: ImageTransform) -> Tensor:
-    """Normalised pictures [B,3,S,S] -> their pixel values, float32 in 0..1."""
-    mean, std = (torch.tensor(of, device=images.device)[:, None, None] for of in (transform.mean, transform.std))
-    return (images.float() * std + mean).clamp(0, 1)

@@ -22,6 +22,7 @@ from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.loader import EvaluationLoader, PretrainLoader, SplitLoader, TrainingLoader
 from meter_fast.data.order import SampleOrder
 from meter_fast.data.sources import Sources, open_sources
+from meter_fast.data.spans import add_sentinels, longest_target, open_denoiser, sentinel, sentinels_for
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from meter_fast.training.masked_images import open_cells
@@ -33,10 +34,11 @@ CAPTIONS_TO_LEARN_FROM = 200_000
 
 @dataclass(frozen=True)
 class Pairs:
-    """Everything that gives batches. `tokenizer_folder` holds the tokenizer's files (main process only)."""
+    """Everything that gives batches. `tokenizer_folder` holds the tokenizer's files (main process only); None and None
+    where no texts are read."""
 
-    tokenizer: PreTrainedTokenizerFast
-    tokenizer_folder: Path
+    tokenizer: PreTrainedTokenizerFast | None
+    tokenizer_folder: Path | None
     sources: Sources
     loader: TrainingLoader
     backend: ImageBackend
@@ -46,7 +48,8 @@ class Pairs:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: how many samples each source has, and the vocabulary."""
-        told = {"samples": self.sources.sizes, "vocabulary": vocabulary_hash(self.tokenizer)}
+        vocabulary = vocabulary_hash(self.tokenizer) if self.tokenizer is not None else ""
+        told = {"samples": self.sources.sizes, "vocabulary": vocabulary}
         return told if self.answers is None else {**told, "answers": self.answers.hash()}
 
     def close(self) -> None:
@@ -69,14 +72,15 @@ def open_tokenizer(config: RunConfig, world: World, sources: Sources) -> tuple[P
     kept = Path(config.run.dir) / "tokenizer"
 
     def files() -> dict[str, str]:
-        if config.data.tokenizer == OF_INIT:
-            load_tokenizer(tokenizer_of_init(config.run.init)).save_pretrained(kept)
-        elif config.data.tokenizer != TRAINED:
-            load_tokenizer(config.data.tokenizer).save_pretrained(kept)
+        if config.data.tokenizer != TRAINED:
+            init = config.data.tokenizer == OF_INIT
+            tokenizer = load_tokenizer(tokenizer_of_init(config.run.init) if init else config.data.tokenizer)
+            add_sentinels(tokenizer, _sentinels(config))
+            tokenizer.save_pretrained(kept)
         elif not (kept / "tokenizer.json").is_file():
             text = config.model.text
             kind = "roberta" if text.counts_from_padding else "bert"
-            train_tokenizer(_captions(sources), kept, kind=kind, vocab_size=text.vocab_size)
+            train_tokenizer(_captions(sources), kept, kind, text.vocab_size, _sentinels(config))
         return {path.name: path.read_text(encoding="utf-8") for path in kept.iterdir() if path.is_file()}
 
     content = world.together(files)
@@ -118,6 +122,15 @@ def open_images(config: RunConfig, world: World, dtype: torch.dtype) -> ImageBac
     )  # fmt: skip
 
 
+def _sentinels(config: RunConfig) -> int:
+    return sentinels_for(*_spans(config))
+
+
+def _spans(config: RunConfig) -> tuple[tuple[str, ...], int, float, float]:
+    goals = config.objectives
+    return goals.names, config.data.max_text_length, goals.span_probability, goals.span_length
+
+
 def _captions(sources: Sources) -> Iterator[str]:
     """Captions spread evenly over all sources."""
     every = max(1, len(sources) // CAPTIONS_TO_LEARN_FROM)
@@ -127,11 +140,16 @@ def _captions(sources: Sources) -> Iterator[str]:
 def fit_vocabulary(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> RunConfig:
     """The configuration with the text encoder's vocabulary and padding id those of the tokenizer.
 
-    Only where the encoder starts at random; one with weights of its own must already agree. Raises ConfigError."""
+    Only where the encoder starts at random; one with weights of its own must already agree, but for sentinels behind
+    its vocabulary. Raises ConfigError."""
     text = config.model.text
     size, pad = len(tokenizer), tokenizer.pad_token_id
     if text.weights is None:
         text = dataclasses.replace(text, vocab_size=size, pad_id=pad)
+    elif size - text.vocab_size in range(1, _sentinels(config) + 1):
+        beyond = tokenizer.convert_ids_to_tokens(list(range(text.vocab_size, size)))
+        if set(beyond) <= {sentinel(number) for number in range(_sentinels(config))}:
+            text = dataclasses.replace(text, vocab_size=size, added_tokens=len(beyond))
     if size > text.vocab_size:
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer} has {size} tokens, model.text.vocab_size={text.vocab_size} rows: "
@@ -143,6 +161,12 @@ def fit_vocabulary(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Run
     if config.data.max_text_length > text.max_length:
         raise ConfigError(f"data.max_text_length={config.data.max_text_length}: the text encoder has "
                           f"{text.max_length} positions; lower it or raise model.text.max_positions")  # fmt: skip
+    longest, positions = longest_target(*_spans(config)), config.model.decoder.max_positions
+    if longest > positions:
+        raise ConfigError(
+            f"model.decoder.max_positions={positions}: of captions of data.max_text_length="
+            f"{config.data.max_text_length} tokens texts of up to {longest} are written; raise it"
+        )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
@@ -164,7 +188,8 @@ def open_pairs(
     order = SampleOrder(
         sources.sizes, config.run.seed, engine.global_batch, sources.weights, sources.image_ids if from_batch else None
     )
-    text = TextPipeline(tokenizer, data.max_text_length, goals.masking, goals.mlm_probability)
+    denoiser = open_denoiser(tokenizer, goals.names, goals.span_probability, goals.span_length)
+    text = TextPipeline(tokenizer, data.max_text_length, goals.masking, goals.mlm_probability, denoiser)
     backend = open_images(config, world, dtype)
     cells = open_cells(goals, config.model.vision, backend.transform, world.device)
     loader = PretrainLoader(

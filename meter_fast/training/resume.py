@@ -7,22 +7,22 @@ the others get their values from it, so nothing but the main process needs to se
 
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import meter_fast
 from meter_fast.config import ConfigError, RunConfig, flatten, from_dict, to_dict
-from meter_fast.data.answers import Answers
 from meter_fast.interop import HEAD_NAMES, from_meter
-from meter_fast.models.config import ModelConfig
-from meter_fast.models.export import load_export, save_export
-from meter_fast.models.meter import Meter
+from meter_fast.models.export import load_export
+from meter_fast.models.image_tokenizer import load_image_tokenizer
 from meter_fast.models.positions import fit_positions, is_position_table
+from meter_fast.models.vq_vae import VqVae
 from meter_fast.models.weights import copy_into
 from meter_fast.training import checkpoint
 from meter_fast.training.checkpoint import CheckpointError, Reader, Writer
@@ -30,7 +30,15 @@ from meter_fast.training.state import FROZEN, KINDS, WEIGHT, NamedState
 from meter_fast.training.world import World
 
 # What decides which samples a step reads and what is asked about them: another value would not go on with this run.
-FIXED = ("data.sources", "data.weights", "data.max_text_length", "engine.global_batch", "run.seed", "objectives.")
+FIXED = (
+    "image_tokenizer.",
+    "data.sources",
+    "data.weights",
+    "data.max_text_length",
+    "engine.global_batch",
+    "run.seed",
+    "objectives.",
+)
 # Says nothing about the run's results.
 FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "data.root", "data.workers",
         "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
@@ -128,14 +136,14 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def load_weights(model: Meter, config: RunConfig, start: Start) -> None:
+def load_weights(model: nn.Module, config: RunConfig, start: Start) -> None:
     """Fill `model` (fp32, on the host) on the main process, before the engine takes it. Raises ValueError."""
     if start.reader is not None:
         tensors = _tensors_of(start.reader)
         copy_into(model, tensors, str(start.reader.folder))
     elif config.run.init:
         copy_into(model, _given(config, model, start.notes), config.run.init)
-    start.notes += [str(report) for report in model.weight_reports]
+    start.notes += [str(report) for report in getattr(model, "weight_reports", ())]
     start.masters = {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -143,7 +151,7 @@ def _tensors_of(reader: Reader) -> dict[str, Tensor]:
     return {name: reader.tensor(kind, name) for kind in (WEIGHT, FROZEN) for name in reader.shapes(kind)}
 
 
-def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tensor]:
+def _given(config: RunConfig, model: nn.Module, notes: list[str]) -> dict[str, Tensor]:
     """The weights that run.init names, by our names, with position tables at the run's resolution."""
     path = Path(config.run.init)
     if not path.exists():
@@ -155,7 +163,7 @@ def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tenso
     if (path / checkpoint.MANIFEST).is_file():
         tensors = _tensors_of(Reader(path))
     else:
-        tensors = load_export(path).state_dict()
+        tensors = (load_image_tokenizer if isinstance(model, VqVae) else load_export)(path).state_dict()
     for name, own in model.state_dict().items():
         if is_position_table(name) and name in tensors and tensors[name].shape != own.shape:
             before, after = (table.numel() // table.shape[-1] for table in (tensors[name], own))
@@ -164,7 +172,7 @@ def _given(config: RunConfig, model: Meter, notes: list[str]) -> dict[str, Tenso
     return _with_heads(tensors, model, notes)
 
 
-def _with_heads(tensors: dict[str, Tensor], model: Meter, notes: list[str]) -> dict[str, Tensor]:
+def _with_heads(tensors: dict[str, Tensor], model: nn.Module, notes: list[str]) -> dict[str, Tensor]:
     """The tensors without heads that the model does not have, and with the model's own for heads that they lack."""
     own = model.state_dict()
     heads = [{name.split(".")[0] for name in part if name.split(".")[0].endswith("_head")} for part in (own, tensors)]
@@ -247,11 +255,7 @@ def expected_bytes(parameters: int) -> int:
     return 12 * parameters
 
 
-def export(
-    state: NamedState, world: World, config: ModelConfig, folder: Path, tokenizer: Path, answers: Answers | None = None
-) -> None:
-    """Write the model alone (fp32 master weights, configuration, tokenizer, answers) for `meter_fast.load`."""
+def export(state: NamedState, world: World, write: Callable[[dict[str, Tensor]], None]) -> None:
+    """`write` the model alone, from fp32 master weights and what is frozen, on the main process."""
     tensors = {name: t.detach().cpu().clone() if world.is_main else None for _, name, t in state.read((WEIGHT, FROZEN))}
-
-    names = answers.text() if answers is not None else None
-    world.together(lambda: str(save_export(Meter(config, load_weights=False), folder, tokenizer, tensors, names)))
+    world.together(lambda: write(tensors))

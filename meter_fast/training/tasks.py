@@ -1,26 +1,62 @@
 """What the trainer does differently for each task, decided in one place from the objectives.
 
-Knows the tasks' data and how their held-out scores compare. Knows nothing of steps, engines or files of a run.
+Knows the tasks' data, the module that each trains and how held-out scores compare. Knows nothing of steps, engines or
+the files of a run but its export.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
 
 from meter_fast.config import DataConfig, RunConfig
 from meter_fast.data.answers import Answers
 from meter_fast.data.sources import Sources
+from meter_fast.evaluate import evaluate_pretraining
+from meter_fast.interop import original_name
+from meter_fast.models.export import save_export
+from meter_fast.models.meter import Meter
+from meter_fast.objectives.joint import JointLoss
+from meter_fast.objectives.reconstruction import score_reconstructions
 from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.pairs import Pairs, open_pairs, open_training_sources
 from meter_fast.training.questions import fit_answers, open_question_loaders, open_training_questions
+from meter_fast.training.tokenizing import make_tokenizer, open_pictures, with_loss, write_tokenizer
+from meter_fast.training.unreached import freeze_unreached
 
 Scores = Mapping[str, Mapping[str, float]]
+
+
+def make_meter(config: RunConfig, from_files: bool) -> Meter:
+    """The model in fp32 on the host; from_files: with the encoders' weights."""
+    return Meter(config.model, from_files, config.kernels)
+
+
+def joint_loss(model: Meter, config: RunConfig) -> JointLoss:
+    """What the engine runs; parameters that no objective reaches are frozen."""
+    module = JointLoss(model, config.objectives.names)
+    if set(config.objectives.names) != {"mlm", "itm"} or config.model.decoder.layers:
+        freeze_unreached(module, config.model)
+    if model.mim_in_batch_head is not None:
+        model.mim_in_batch_head.all_ranks = config.objectives.mim_negatives == "all_ranks"
+    return module
+
+
+def write_meter(config: RunConfig, folder: Path, tensors: Mapping[str, Tensor], pairs: Pairs) -> None:
+    """The export folder."""
+    names = pairs.answers.text() if pairs.answers is not None else None
+    save_export(Meter(config.model, load_weights=False), folder, pairs.tokenizer_folder, tensors, names)
 
 
 @dataclass(frozen=True)
 class Task:
     """open_sources: the training samples. fit: the configuration with what the data tell of the model, and the answers
     if the task has any. open_data: loaders of this process. loss: what a held-out score is chosen by, lower is better.
-    next_command: what to do with the run directory afterwards.
+    next_command: what to do with the run directory afterwards. reads_text: whether there is a text tokenizer.
+
+    make: the model. module: what the engine runs, with the model as `model`. score: held-out scores of that module.
+    write: the export folder. parameter_name: what the optimizer's groups are decided on.
     """
 
     open_sources: Callable[[DataConfig], Sources]
@@ -28,6 +64,12 @@ class Task:
     open_data: Callable[..., Pairs]
     loss: Callable[[Scores], float]
     next_command: str
+    reads_text: bool = True
+    make: Callable[[RunConfig, bool], nn.Module] = make_meter
+    module: Callable[[nn.Module, RunConfig], nn.Module] = joint_loss
+    score: Callable[..., Scores] = evaluate_pretraining
+    write: Callable[[RunConfig, Path, Mapping[str, Tensor], Pairs], None] = write_meter
+    parameter_name: Callable[[str], str] = original_name
 
 
 PRETRAINING = Task(
@@ -44,10 +86,23 @@ TASKS = {
         open_data=open_question_loaders,
         loss=lambda scores: -scores["vqa"]["accuracy"],  # the published choice (METER, val/the_metric)
         next_command="meter-fast evaluate {run} vqa",
-    )
+    ),
+    "reconstruction": Task(
+        open_sources=open_training_sources,
+        fit=lambda config, sources: (config, None),
+        open_data=open_pictures,
+        loss=lambda scores: scores["reconstruction"]["loss"],
+        next_command="meter-fast train pretrain objectives.names=mlm,itm,mim_codes objectives.image_tokenizer={run}",
+        reads_text=False,
+        make=make_tokenizer,
+        module=with_loss,
+        score=score_reconstructions,
+        write=write_tokenizer,
+        parameter_name=lambda name: name,
+    ),
 }
 
 
 def task_of(objectives: Sequence[str]) -> Task:
-    """The task of objectives.names: that of a fine-tuning objective, or pre-training."""
+    """The task of objectives.names: that of an objective which trains alone, or pre-training."""
     return next((TASKS[name] for name in objectives if name in TASKS), PRETRAINING)

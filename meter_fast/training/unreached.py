@@ -7,7 +7,7 @@ decay. Freezing says the same to both.
 import torch
 from torch import nn
 
-from meter_fast.data.batch import Batch, PretrainBatch, VqaBatch
+from meter_fast.data.batch import Batch, PretrainBatch, TextToText, VqaBatch
 from meter_fast.models.config import ModelConfig
 
 
@@ -59,4 +59,11 @@ def _two_pairs(config: ModelConfig) -> Batch:
         cell_mask=hidden,
         cell_rows=hidden.flatten().nonzero().flatten(),
         cell_codes=torch.tensor([0, 0]),
+        span_denoising=_one_token_written(token),
+        caption=_one_token_written(token),
     )
+
+
+def _one_token_written(token: int) -> TextToText:
+    ids, lengths = torch.full((2, 1), token), torch.tensor([1, 1])
+    return TextToText(ids, ids == token, torch.tensor([0, 1]), ids, lengths, torch.tensor([0, 1]))

@@ -94,8 +94,8 @@ def test_what_need_names_is_right_and_the_rest_absent(case: GoldenCase, need: Ne
     fused = case.model.fuse(text, image, mask, need=need)
     last = case.sizes["top"] - 1
     expected = {
-        "text": f"infer/cross_text.{last}" if need in (Need.ALL, Need.TEXT) else None,
-        "image": f"infer/cross_image.{last}" if need is Need.ALL else None,
+        "text": f"infer/cross_text.{last}" if need in (Need.ALL, Need.TEXT, Need.BOTH) else None,
+        "image": f"infer/cross_image.{last}" if need in (Need.ALL, Need.BOTH) else None,
         "cls": "infer/cls_feats" if need in (Need.ALL, Need.CLS) else None,
     }
     for name, golden in expected.items():

@@ -80,6 +80,7 @@ def cut(values: tuple[Tensor, Tensor, Tensor], need: Need) -> Fused:
     return {
         Need.ALL: Fused(text, image, cls),
         Need.TEXT: Fused(text, None, None),
+        Need.BOTH: Fused(text, image, None),
         Need.CLS: Fused(None, None, cls),
     }[need]
 

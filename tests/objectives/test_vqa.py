@@ -55,7 +55,7 @@ def golden_batch(case: GoldenCase) -> VqaBatch:
 def small_vqa_model(**options: object) -> Meter:
     model = small_model(**options)
     torch.manual_seed(5)
-    model.vqa_head = AnswerHead(model.config.fusion.width, ANSWERS)
+    model.vqa_head = AnswerHead(model.config.cls_width, model.config.fusion.width, ANSWERS)
     return model
 
 
