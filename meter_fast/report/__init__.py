@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from meter_fast.config import override
+from meter_fast.config import FINE_TUNING, override
 from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.scenes import WORD_KINDS
 from meter_fast.data.scenes.world import NOVEL_COMBINATIONS
@@ -52,6 +52,11 @@ def write_report(
     """
     began = time.monotonic()
     facts = read_run(run_dir)
+    tuned = [name for name in facts.config.objectives.names if name in FINE_TUNING]
+    if tuned:
+        raise ReportError(
+            f"{run_dir} is a run of {tuned[0]}, reports are of pre-training: meter-fast evaluate {run_dir} {tuned[0]}"
+        )
     data = override(facts.config, settings).data
     root = Path(data.root)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
 """Visual question answering against the published code's numbers, and what the trainer relies on."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -160,6 +161,14 @@ def test_score_of_the_first_choice() -> None:
     logits = torch.tensor([[0.1, 2.0, -1.0], [3.0, 1.0, 2.0], [0.0, 0.1, 0.2]])
     targets = torch.tensor([[0.3, 0.6, 1.0], [0.0, 1.0, 0.9], [0.0, 0.0, 1.0]])
     assert answer_scores(logits, targets).tolist() == pytest.approx([0.6, 0.0, 1.0])
+
+
+def test_running_score_is_the_published_metric() -> None:
+    metrics = load_file(GOLDEN / "metrics.safetensors")
+    scores: list[float] = []
+    for number, expected in enumerate(json.loads((GOLDEN / "metrics.json").read_text())["vqa_after_update"]):
+        scores += answer_scores(metrics[f"vqa.logits.{number}"], metrics[f"vqa.targets.{number}"]).tolist()
+        assert sum(scores) / len(scores) == pytest.approx(expected, abs=1e-6)
 
 
 def test_errors() -> None:

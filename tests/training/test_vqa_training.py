@@ -2,21 +2,28 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from golden_cases import GOLDEN, load_case
 from PIL import Image
 from ranks import RankServer
 from small_run import MODEL, WORDS, assert_same_bits, samples, settings, tensors
 
 import meter_fast
-from meter_fast.config import ConfigError
+from meter_fast.config import ConfigError, RunConfig, RunOptions
 from meter_fast.evaluate import evaluate_split
+from meter_fast.interop import original_name, original_names
+from meter_fast.models.meter import Meter
 from meter_fast.recipes import resolve
 from meter_fast.training import checkpoint
+from meter_fast.training.optimizer import parameter_groups
+from meter_fast.training.questions import fit_answers, open_training_questions
+from meter_fast.training.resume import Start, load_weights
 
 ANSWERS = ["yes", "no", "red", "two"]
 CASES = [
@@ -193,6 +200,59 @@ def test_refusals_of_questions_say_why(ranks: RankServer, vqa_data: Path, pretra
 def last_of(run: Path) -> Path:
     folder = run / "checkpoints"
     return checkpoint.path_of(folder, max(checkpoint.steps(folder)))
+
+
+@pytest.mark.parametrize("name", ["clip_bert", "swin_roberta"])
+def test_published_checkpoint_as_start(name: str, tmp_path: Path) -> None:
+    """All of a pre-training .ckpt but its heads; the answer head, which it lacks, starts at random and is reported."""
+    case = load_case(name)
+    torch.save({"state_dict": case.state}, tmp_path / "published.ckpt")
+    chosen = replace(case.model.config, mlm_head=False, itm_head=False, vqa_answers=5)
+    config = RunConfig(model=chosen, run=RunOptions(init=str(tmp_path / "published.ckpt")))
+    model, start = Meter(chosen), Start()
+    load_weights(model, config, start)
+    own = model.state_dict()
+    expected = {
+        name: value for name, value in case.model.state_dict().items() if not name.split(".")[0].endswith("_head")
+    }
+    assert len(expected) > 80
+    for name, value in expected.items():
+        assert torch.equal(own[name], value), name
+    assert (
+        set(own) - set(expected) == {name for name in own if name.startswith("vqa_head.")}
+        and own["vqa_head.out.weight"].any()
+    )
+    said = "\n".join(start.notes)
+    assert "missing, left at random: vqa_classifier.3.weight" in said
+    assert "unexpected, left out: mlm_score.bias" in said
+
+
+def test_label_space_of_the_start_is_kept(vqa_data: Path, tmp_path: Path) -> None:
+    """A model fine-tuned before knows its answers by number: data that number them otherwise are refused."""
+    config = resolve(["vqa", "size=tiny", f"data.root={vqa_data}", "data.val_sources=", f"run.init={tmp_path}"])
+    sources = open_training_questions(config.data)
+    fitted, answers = fit_answers(config, sources)
+    assert fitted.model.vqa_answers == 4 and answers.names == tuple(ANSWERS)
+    (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
+    assert fit_answers(config, sources)[1] == answers
+    (tmp_path / "answers.json").write_text(json.dumps([*ANSWERS[:3], "2"]))
+    with pytest.raises(ValueError, match=r"the data calls label 3 'two', where it should be '2'"):
+        fit_answers(config, sources)
+
+
+def test_groups_of_the_full_size_model_are_the_published_ones() -> None:
+    golden = json.loads((GOLDEN / "param_groups" / "clip16_roberta_vqa.json").read_text())
+    unused = ("vit_model.positional_embedding", "vit_model.ln_final.", "text_transformer.pooler.")
+    expected = {row["name"]: row for row in golden["rows"] if not row["name"].startswith(unused)}
+    config = resolve(["vqa", "model.vqa_answers=3129"])
+    with torch.device("meta"):
+        model = Meter(config.model, load_weights=False)
+    found = {}
+    for group in parameter_groups(model.named_parameters(), config.optim, original_name):
+        for name in group["names"]:
+            for published in original_names(name):
+                found[published] = (group["index"], group["multiplier"], group["weight_decay"])
+    assert found == {name: (row["group"], row["lr_mult"], row["weight_decay"]) for name, row in expected.items()}
 
 
 @pytest.mark.parametrize(
