@@ -248,6 +248,28 @@ def test_the_mask_token_of_clip_starts_at_random(tmp_path: Path) -> None:
     assert load_text_weights(build_text(whole), whole).resized == ()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("roberta", "RobertaModel"), ("clip", "CLIPModel")])
+def test_added_tokens_start_at_random(name: str, kind: str, tmp_path: Path) -> None:
+    """A file has a row less for each; without their number in the settings the sizes do not agree."""
+    published = small(name, weights=str(tmp_path))
+    save_library_model(published, kind, tmp_path)
+    grown = dataclasses.replace(published, vocab_size=63, added_tokens=3)
+    text = build_text(grown)
+    start = text.get_input_embeddings().weight.detach().clone()
+    report = load_text_weights(text, grown)
+    table = text.get_input_embeddings().weight
+    known = 60 - (name == "clip")
+    assert "rows 60 to 62 of the vocabulary, added tokens, start at random" in str(report)
+    assert torch.equal(table[known:], start[known:]) and not torch.equal(table[:known], start[:known])
+    plain = build_text(published)
+    load_text_weights(plain, published)
+    assert torch.equal(table[:known], plain.get_input_embeddings().weight[:known])
+    for wrong in (dict(added_tokens=0), dict(added_tokens=2), dict(added_tokens=5)):
+        config = dataclasses.replace(grown, **wrong)
+        with pytest.raises(ValueError, match=r"shapes differ"):
+            load_text_weights(build_text(config), config)
+
+
 def test_unprefixed_clip_file(tmp_path: Path) -> None:
     """As later versions of the library name the tensors of the text half alone."""
     config = small("clip", weights=str(tmp_path / "text.safetensors"))
