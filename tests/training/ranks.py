@@ -34,7 +34,8 @@ class RankServer:
     """Client of rank_server.py; one run at a time."""
 
     def __init__(self) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(HERE)}
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "rank_server.py")],
             stdin=subprocess.PIPE,
