@@ -206,11 +206,15 @@ def evaluate(run: Run, step: int) -> float:
 
 
 def look(run: Run, step: int) -> None:
-    """Show TensorBoard a held-out picture with what the model fills in. Collective."""
+    """Show TensorBoard a held-out picture with what the model fills in, or what the task shows. Collective."""
     every, pairs = run.config.run.picture_every, run.pairs
-    if not every or step % every or pairs.held_out is None or "mlm" not in run.engine.objectives:
+    show = task_of(run.config.objectives.names).show
+    if not every or step % every or pairs.held_out is None or (show is None and "mlm" not in run.engine.objectives):
         return
     expect_progress(run.config.run.hang_seconds)
+    if show is not None:
+        run.monitor.image(step, show(run.engine.module, pairs, run.world.device, run.engine.dtype).numpy())
+        return
     seen = glimpse(run.engine.module.model, pairs.tokenizer, pairs.held_out, pairs.backend, step // every)
     if seen is not None:
         run.monitor.picture(step, seen.image, seen.caption, seen.words, seen.fills)

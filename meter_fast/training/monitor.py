@@ -264,6 +264,11 @@ class Monitor:
             return
         self._board.add_figure(tag, fills_figure(image, masked_caption, words, fills), step)
 
+    def image(self, step: int, pixels: np.ndarray, tag: str = "held_out/reconstructions") -> None:
+        """Put pixels [3,H,W] uint8 into TensorBoard."""
+        if self.is_main:
+            self._board.add_image(tag, pixels, step)
+
     def record_run(self, facts: Mapping) -> None:
         """Write run.json, what the report says of the run: `facts` and the seconds it took so far. The report reads
         steps, world_size, zero_stage, dtype, device, skipped (cause -> count) and versions (name -> version)."""

@@ -22,7 +22,13 @@ from meter_fast.objectives.reconstruction import score_reconstructions
 from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.pairs import Pairs, open_pairs, open_training_sources
 from meter_fast.training.questions import fit_answers, open_question_loaders, open_training_questions
-from meter_fast.training.tokenizing import make_tokenizer, open_pictures, with_loss, write_tokenizer
+from meter_fast.training.tokenizing import (
+    make_tokenizer,
+    open_pictures,
+    show_reconstructions,
+    with_loss,
+    write_tokenizer,
+)
 from meter_fast.training.unreached import freeze_unreached
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -56,7 +62,8 @@ class Task:
     next_command: what to do with the run directory afterwards. reads_text: whether there is a text tokenizer.
 
     make: the model. module: what the engine runs, with the model as `model`. score: held-out scores of that module.
-    write: the export folder. parameter_name: what the optimizer's groups are decided on.
+    write: the export folder. show: a picture for TensorBoard, where it is not a caption filled in. parameter_name: what
+    the optimizer's groups are decided on.
     """
 
     open_sources: Callable[[DataConfig], Sources]
@@ -69,6 +76,7 @@ class Task:
     module: Callable[[nn.Module, RunConfig], nn.Module] = joint_loss
     score: Callable[..., Scores] = evaluate_pretraining
     write: Callable[[RunConfig, Path, Mapping[str, Tensor], Pairs], None] = write_meter
+    show: Callable[..., Tensor] | None = None
     parameter_name: Callable[[str], str] = original_name
 
 
@@ -98,6 +106,7 @@ TASKS = {
         module=with_loss,
         score=score_reconstructions,
         write=write_tokenizer,
+        show=show_reconstructions,
         parameter_name=lambda name: name,
     ),
 }

@@ -2,6 +2,7 @@
 nothing of steps.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meter_fast.config import RunConfig
-from meter_fast.data.images import image_transform, open_backend
+from meter_fast.data.images import image_transform, open_backend, pixel_values
 from meter_fast.data.loader import TrainingLoader
 from meter_fast.data.order import SampleOrder, micro_slices
 from meter_fast.data.pictures import PictureAssembler, picture_split_loader
@@ -19,6 +20,8 @@ from meter_fast.models.vq_vae import VqVae
 from meter_fast.objectives.reconstruction import ReconstructionLoss
 from meter_fast.training.pairs import Pairs
 from meter_fast.training.world import World
+
+SHOWN = 8  # pictures
 
 
 def open_pictures(
@@ -55,6 +58,20 @@ def make_tokenizer(config: RunConfig, from_files: bool) -> VqVae:
 def with_loss(model: nn.Module, config: RunConfig) -> ReconstructionLoss:
     """What the engine runs."""
     return ReconstructionLoss(model, image_transform(config.data.transform, config.image_tokenizer.image_size))
+
+
+@torch.no_grad()
+def show_reconstructions(module: ReconstructionLoss, pairs: Pairs, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Held-out pictures in a row, above what their codes give back: uint8 [3,2S,n*S] on the CPU. Collective."""
+    with contextlib.closing(iter(pairs.validation)) as batches:
+        images = next(batches).images[:SHOWN].to(device, dtype)
+    was_training = module.training
+    module.eval()
+    pictures = pixel_values(images, module.transform)
+    rebuilt = module.model(pictures)[0].clamp(0, 1)
+    module.train(was_training)
+    rows = [torch.cat(list(row), dim=2) for row in (pictures, rebuilt)]
+    return (torch.cat(rows, dim=1) * 255).round().byte().cpu()
 
 
 def write_tokenizer(config: RunConfig, folder: Path, tensors: Mapping[str, Tensor], pairs: Pairs) -> None:
