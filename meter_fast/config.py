@@ -228,6 +228,7 @@ def describe(config: Any, width: int = 110) -> str:
 def check(config: RunConfig) -> None:
     """Raise ConfigError where one setting contradicts another or is out of its range."""
     data, objectives, optim, engine, run = config.data, config.objectives, config.optim, config.engine, config.run
+    alone = [name for name in objectives.names if name in FINE_TUNING]
     rules = [
         (bool(data.sources), "data.sources", data.sources, "name at least one source"),
         (not data.weights or len(data.weights) == len(data.sources), "data.weights", data.weights,
@@ -276,8 +277,8 @@ def check(config: RunConfig) -> None:
         (run.max_steps >= 0 and not (run.max_steps and run.max_epochs), "run.max_steps", run.max_steps,
          f"run.max_epochs={run.max_epochs} tells the length, too: set one of the two to 0"),
         (math.isfinite(run.max_epochs) and run.max_epochs >= 0, "run.max_epochs", run.max_epochs, "0 or more"),
-        (len(objectives.names) == 1 or not set(objectives.names) & set(FINE_TUNING), "objectives.names",
-         ",".join(objectives.names), f"{', '.join(FINE_TUNING)} trains alone, on data of its own"),
+        (len(objectives.names) == 1 or not alone, "objectives.names",
+         ",".join(objectives.names), f"{', '.join(alone)} trains alone, on data of its own"),
         (not engine.activation_checkpointing or "reconstruction" not in objectives.names,
          "engine.activation_checkpointing", "true", "an image tokenizer is small and trains without: use false"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),

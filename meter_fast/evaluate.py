@@ -192,7 +192,8 @@ def _settings_of(path: Path, task: str) -> RunConfig:
         config = from_dict(RunConfig, read_json(path / "config.json"))
         own = [name for name in config.objectives.names if name in FINE_TUNING]
         if own and task != own[0]:
-            raise ValueError(f"{path} is a run of {own[0]}: meter-fast evaluate {path} {own[0]}")
+            hint = f": meter-fast evaluate {path} vqa" if own[0] == "vqa" else ""
+            raise ValueError(f"{path} is a run of {own[0]}, not of {task}{hint}")
         return config
     return resolve([task])
 

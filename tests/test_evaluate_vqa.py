@@ -35,7 +35,7 @@ def vqa_model(scenes: Path, scene_tokenizer, scene_model: Meter, answers) -> Met
     model = copy.deepcopy(scene_model)
     torch.manual_seed(4)
     model.mlm_head = model.itm_head = None
-    model.vqa_head = AnswerHead(model.config.fusion.width, len(answers))
+    model.vqa_head = AnswerHead(model.config.cls_width, model.config.fusion.width, len(answers))
     model.config = dataclasses.replace(model.config, mlm_head=False, itm_head=False, vqa_answers=len(answers))
     (batch,) = batches(scenes, scene_tokenizer, answers, 100)
     with torch.no_grad():
@@ -53,19 +53,18 @@ def batches(scenes: Path, tokenizer, answers, size: int, limit: int | None = Non
     return list(question_split_loader(assembler, batch_size=size, limit=limit))
 
 
+def alone(batch: VqaBatch, n: int, shift: int) -> VqaBatch:
+    """Question `n` of a batch with the picture `shift` places further than its own."""
+    row = (int(batch.image_rows[n]) + shift) % len(batch.images)
+    fields = ("text_ids", "text_mask", "targets", "question_ids", "sample_ids")
+    own = {name: getattr(batch, name)[n : n + 1] for name in fields}
+    return VqaBatch(images=batch.images[row : row + 1], image_rows=torch.zeros(1, dtype=torch.int64), **own)
+
+
 def one_by_one(model: Meter, parts: list[VqaBatch], shift: int) -> list[float]:
-    """The objective's own score of each question alone, with the picture `shift` places further in its batch."""
-    found = []
-    for batch in parts:
-        for n in range(len(batch)):
-            row = (int(batch.image_rows[n]) + shift) % len(batch.images)
-            alone = VqaBatch(
-                batch.images[row : row + 1], torch.zeros(1, dtype=torch.int64), batch.text_ids[n : n + 1],
-                batch.text_mask[n : n + 1], batch.targets[n : n + 1], batch.question_ids[n : n + 1],
-                batch.sample_ids[n : n + 1],
-            )  # fmt: skip
-            found.append(JointLoss(model, ("vqa",))(alone).metrics["vqa"][0].item())
-    return found
+    """The objective's own score of each question alone."""
+    module = JointLoss(model, ("vqa",))
+    return [module(alone(batch, n, shift)).metrics["vqa"][0].item() for batch in parts for n in range(len(batch))]
 
 
 def test_kinds() -> None:
@@ -101,7 +100,8 @@ def test_scores_are_those_of_each_question_alone(scenes, scene_tokenizer, vqa_mo
 
 def test_batches_of_one_picture_have_no_other(scenes, scene_tokenizer, vqa_model, answers) -> None:
     whole = score_questions(vqa_model, batches(scenes, scene_tokenizer, answers, 64), answers, "cpu")
-    pieces = score_questions(vqa_model, batches(scenes, scene_tokenizer, answers, 1), answers, "cpu")
+    (batch,) = batches(scenes, scene_tokenizer, answers, 100)
+    pieces = score_questions(vqa_model, [alone(batch, n, 0) for n in range(len(batch))], answers, "cpu")
     assert pieces["all"]["exchanged"] is None
     for kind, row in whole.items():
         assert pieces[kind]["score"] == pytest.approx(row["score"], abs=1e-6)
@@ -145,7 +145,7 @@ def test_command_line(scenes, scene_tokenizer, vqa_model, answers, vqa_run, tmp_
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["evaluate", "{run}", "pretrain"], "is a run of vqa: meter-fast evaluate {run} vqa"),
+        (["evaluate", "{run}", "pretrain"], "is a run of vqa, not of pretrain: meter-fast evaluate {run} vqa"),
         (["evaluate", "{run}/export", "pretrain", "data.val_sources=coco"], "model.mlm_head=true"),
         (["evaluate", "{run}", "vqa", "data.val_sources=arrow:vqav2_test"], "no question of this split has an answer"),
         (["evaluate", "{run}", "vqa", "data.val_sources="], "name held-out questions"),

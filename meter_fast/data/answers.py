@@ -60,20 +60,15 @@ def names_in_tables(tables: Iterable[ArrowQuestions]) -> dict[int, str]:
     names: dict[int, str] = {}
     for table in tables:
         where = ", ".join(file.name for file in table.files)
-        for labels, answers in table.answer_names():
-            if labels.size == 0:
-                continue
-            values, codes = np.unique(answers.astype(str), return_inverse=True)
-            pairs = np.unique(np.stack([labels, codes]), axis=1)
-            for label, code in pairs.T.tolist():
-                known = names.setdefault(label, str(values[code]))
-                if label < 0 or known != values[code]:
-                    raise AnswersError(
-                        f"{where}: label {label} is both {known!r} and {str(values[code])!r}; write the tables again "
-                        "with one label space"
-                        if label >= 0
-                        else f"{where}: label {label} of {known!r} is below 0; write the table again"
-                    )
+        for labels, codes, texts in table.answer_names():
+            for label, code in np.unique(np.stack([labels, codes]), axis=1).T.tolist():
+                text = texts[code]
+                if label < 0 or text is None:
+                    raise AnswersError(f"{where}: label {label} of {text!r}: labels are 0 or more and have a text; "
+                                       f"write the table again")  # fmt: skip
+                if names.setdefault(label, text) != text:
+                    raise AnswersError(f"{where}: label {label} is both {names[label]!r} and {text!r}; write the "
+                                       f"tables again with one label space")  # fmt: skip
     return names
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from meter_fast.data.sources import Source, SourceError, Sources, find_tables
 from meter_fast.data.tables import BinaryColumn, TableError, check_offsets, open_record_batches, run_starts
@@ -185,14 +186,14 @@ class ArrowQuestions:
         name = f"{self.files[number].name} row {start + row} question {within}"
         return Question(batch.image[row], text, name, identity, answers, labels, scores)
 
-    def answer_names(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(labels [n] int64, answers [n] of strings) of all answers of each record batch, for the label space."""
+    def answer_names(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[str | None]]]:
+        """Of each record batch: label [n] int64 and text [n] int64 of all answers, and the texts that the second number
+        counts. For the label space; few texts are given very often."""
         for batch in self._batches:
             if batch.answered:
-                yield (
-                    batch.labels.flatten().to_numpy(zero_copy_only=False),
-                    batch.answers.flatten().to_numpy(zero_copy_only=False),
-                )
+                texts = pc.dictionary_encode(batch.answers.flatten(), null_encoding="encode")
+                labels = batch.labels.flatten().to_numpy(zero_copy_only=False)
+                yield labels, texts.indices.to_numpy(zero_copy_only=False), texts.dictionary.to_pylist()
 
     def _places(self, indices: np.ndarray) -> np.ndarray:
         """Numbers of kept questions -> their places among all."""

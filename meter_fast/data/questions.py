@@ -22,6 +22,7 @@ from meter_fast.data.samples import Chosen, DecodeFailed, Prepared, SampleReader
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 
+SMALLEST_EVALUATION = 16  # questions; those about one picture are rarely as many
 _EVALUATION = 5  # purpose of the permutation that a part of a held-out split is drawn by
 
 
@@ -107,8 +108,9 @@ def question_split_loader(
 ) -> SplitLoader:
     """Every question of a split once, for evaluation, those about one picture next to each other.
 
-    limit: so many questions, a fair draw that depends on the seed alone. Each rank gets the same number of batches.
-    Raises OrderError when ranks would be left without questions.
+    batch_size: at most so many at once, or SMALLEST_EVALUATION where that is more: a picture that cannot be read then
+    leaves others in its batch. limit: so many questions, a fair draw that depends on the seed alone. Each rank gets the
+    same number of batches. Raises OrderError when ranks would be left without questions.
     """
     total = len(assembler.sources)
     count = total if limit is None else min(limit, total)
@@ -116,7 +118,7 @@ def question_split_loader(
         raise OrderError(f"evaluation of {count} questions on {world} ranks: each rank needs one; use more")
     samples = np.sort(permute(np.arange(count), total, (seed, _EVALUATION)))
     own = np.array_split(np.arange(count), world)[rank]
-    batches = math.ceil(math.ceil(count / world) / batch_size)
+    batches = math.ceil(math.ceil(count / world) / max(batch_size, SMALLEST_EVALUATION))
     if len(own) < batches:
         raise OrderError(f"evaluation of {count} questions on {world} ranks in {batches} batches: use more questions")
     return SplitLoader(samples, np.array_split(own, batches), assembler, workers, max_bad_share)

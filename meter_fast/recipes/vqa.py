@@ -72,7 +72,7 @@ def base() -> RunConfig:
     """The paper's base model on VQAv2."""
     model = pretrained_base().model
     return RunConfig(
-        model=replace(model, vision=replace(model.vision, image_size=576)),  # run.py commands of the README: 576
+        model=replace(model, vision=replace(model.vision, image_size=576)),  # image_size of the published command
         data=DataConfig(
             sources=TRAIN,  # ours: the published run reads val, too
             val_sources=HELD_OUT,
@@ -129,5 +129,5 @@ def tiny() -> RunConfig:
         objectives=ObjectivesConfig(names=("vqa",)),
         optim=OptimConfig(lr=3e-4, head_multiplier=5.0, cross_modal_multiplier=1.0, warmup=0.1, clip=1.0),
         engine=EngineConfig(zero=2, dtype="bf16", global_batch=64, micro_batch=32),
-        run=RunOptions(dir="runs/vqa-tiny", max_steps=0, max_epochs=2.0, log_every=50, eval_every=500, save_every=500),
+        run=RunOptions(dir="runs/vqa-tiny", max_steps=0, max_epochs=1.0, log_every=50, eval_every=300, save_every=300),
     )

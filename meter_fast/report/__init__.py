@@ -54,9 +54,8 @@ def write_report(
     facts = read_run(run_dir)
     tuned = [name for name in facts.config.objectives.names if name in FINE_TUNING]
     if tuned:
-        raise ReportError(
-            f"{run_dir} is a run of {tuned[0]}, reports are of pre-training: meter-fast evaluate {run_dir} {tuned[0]}"
-        )
+        hint = f": meter-fast evaluate {run_dir} vqa" if tuned[0] == "vqa" else ""
+        raise ReportError(f"{run_dir} is a run of {tuned[0]}, reports are of pre-training{hint}")
     data = override(facts.config, settings).data
     root = Path(data.root)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
