@@ -36,7 +36,8 @@ def pretrain(
     vision, text: other encoders, with everything that belongs to them: sizes and, at size base, native resolution,
     weights, pixel values and tokenizer.
     fusion: one of the paper's table 7: pairs of co-attention layers, twice as many layers of merged attention, or half
-    the pairs with as many decoder layers, which is trained on span denoising in place of MLM, and at size tiny on
+    the pairs with as many decoder layers, which is trained on span denoising in place of MLM. At size tiny, where half
+    would be a single pair, too few to match text and picture, it is both pairs and a decoder layer, trained on
     captioning too.
     """
     config = _with_fusion(base() if size == "base" else tiny(), size, fusion)
@@ -60,15 +61,17 @@ def _with_fusion(config: RunConfig, size: str, fusion: str) -> RunConfig:
     if fusion == "merged_attention":
         return replace(config, model=replace(model, fusion=replace(model.fusion, name=fusion, layers=2 * pairs)))
     if fusion == "encoder_decoder":
-        layers, goals = pairs // 2, replace(config.objectives, names=("span_denoising", "itm"))
+        layers, decoder = pairs // 2, DecoderConfig(layers=pairs // 2)
+        goals = replace(config.objectives, names=("span_denoising", "itm"))
         if size == "tiny":  # captions of few words, of which the text gives most away
+            layers = pairs
             goals = replace(goals, names=(*goals.names, "caption"), span_probability=0.3)
         return replace(
             config,
             model=replace(
                 model,
                 fusion=replace(model.fusion, layers=layers),
-                decoder=DecoderConfig(layers=layers),
+                decoder=decoder,
                 mlm_head=False,
             ),
             objectives=goals,

@@ -28,22 +28,20 @@ def with_decoder(config: ModelConfig, layers: int) -> ModelConfig:
     return dataclasses.replace(config, fusion=fusion, decoder=DecoderConfig(layers), mlm_head=False)
 
 
-@pytest.mark.parametrize(("size", "layers"), [("base", 3), ("tiny", 1)])
-def test_the_recipe(size: str, layers: int) -> None:
+@pytest.mark.parametrize(("size", "layers", "decoder"), [("base", 3, 3), ("tiny", 2, 1)])
+def test_the_recipe(size: str, layers: int, decoder: int) -> None:
     config = resolve(["pretrain", f"size={size}", "fusion=encoder_decoder"])
     plain = resolve(["pretrain", f"size={size}"])
-    assert config.model == with_decoder(plain.model, layers)
-    assert config.objectives.names[:2] == ("span_denoising", "itm") and ("caption" in config.objectives.names) == (
-        size == "tiny"
-    )
+    assert (config.model.fusion.layers, config.model.decoder.layers) == (layers, decoder)
+    assert dataclasses.replace(config.model, decoder=DecoderConfig(layers)) == with_decoder(plain.model, layers)
+    names = ("span_denoising", "itm", "caption") if size == "tiny" else ("span_denoising", "itm")
+    assert config.objectives.names == names
     assert from_dict(RunConfig, to_dict(config)) == config
     assert resolve(["pretrain", f"size={size}", "fusion=co_attention"]) == plain
-    merged = resolve(["pretrain", f"size={size}", "fusion=merged_attention", "text=bert_base"])
-    assert (merged.model.fusion.name, merged.model.fusion.layers) == ("merged_attention", 4 * layers)
-    assert (
-        merged.model.decoder.layers == 0
-        and merged.model.text == resolve(["pretrain", f"size={size}", "text=bert_base"]).model.text
-    )
+    merged = resolve(["pretrain", f"size={size}", "fusion=merged_attention", "text=bert_base"]).model
+    assert (merged.fusion.name, merged.fusion.layers) == ("merged_attention", {"base": 12, "tiny": 4}[size])
+    assert merged.decoder.layers == 0
+    assert merged.text == resolve(["pretrain", f"size={size}", "text=bert_base"]).model.text
 
 
 def test_settings_that_contradict() -> None:

@@ -1,5 +1,5 @@
-"""Every encoder, fusion and objective by its name trains three steps through the whole trainer, tiny, on one process or
-two."""
+"""Every encoder, fusion and objective of pre-training by its name trains three steps through the whole trainer, tiny, on
+one process or two. Codes of an image tokenizer and questions have files of their own."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 VISION = {preset.config.name: name for name, preset in VISION_PRESETS.items()}  # one of each kind: tiny ones are alike
 TEXT = {preset.config.name: name for name, preset in TEXT_PRESETS.items()}
-MERGED = ["model.fusion.name=merged_attention", "model.fusion.layers=4"]
+MERGED, DECODER = ["fusion=merged_attention"], ["fusion=encoder_decoder"]
 CHOICES = {
     **{f"vision {kind}": [f"vision={name}"] for kind, name in VISION.items()},
     **{f"text {kind}": [f"text={name}"] for kind, name in TEXT.items()},
@@ -26,8 +26,21 @@ CHOICES = {
     "merged attention, swin": [*MERGED, "vision=swin_b_384"],
     "mlm alone": ["objectives.names=mlm"],
     "itm alone": ["objectives.names=itm"],
-}
-ON_TWO = ("vision swin", "vision volo", "text deberta_v3", "text clip", "merged attention, swin", "mlm alone")
+    "encoder-decoder": DECODER,
+    "encoder-decoder, swin, clip text": [*DECODER, "vision=swin_b_384", "text=clip_base"],
+    "decoder behind merged attention": [*DECODER, "model.fusion.name=merged_attention"],
+    "span denoising alone": [*DECODER, "objectives.names=span_denoising"],
+    "caption alone": [*DECODER, "objectives.names=caption"],
+    "mim in batch": ["objectives.names=mlm,itm,mim_in_batch"],
+    "mim in batch alone, volo": ["objectives.names=mim_in_batch", "vision=volo_d4_448"],
+    "mim in batch, all ranks, swin": [
+        "objectives.names=mlm,itm,mim_in_batch", "objectives.mim_negatives=all_ranks", "vision=swin_b_384",
+    ],
+}  # fmt: skip
+ON_TWO = (
+    "vision swin", "vision volo", "text deberta_v3", "text clip", "merged attention, swin", "mlm alone",
+    "encoder-decoder, swin, clip text", "mim in batch, all ranks, swin",
+)  # fmt: skip
 
 
 def test_nothing_is_left_out() -> None:
