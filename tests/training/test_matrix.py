@@ -1,5 +1,5 @@
-"""Every encoder, fusion and objective of pre-training by its name trains three steps through the whole trainer, tiny, on
-one process or two. Codes of an image tokenizer and questions have files of their own."""
+"""Every encoder, fusion and objective of pre-training by its name trains three steps through the whole trainer, on one
+process or two. Codes of an image tokenizer and questions have files of their own."""
 
 import math
 from pathlib import Path
