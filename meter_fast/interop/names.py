@@ -76,7 +76,7 @@ def original_names(name: str) -> tuple[str, ...]:
         found = (TEXT + rest,)
     elif top == "fusion":
         found = _fusion_names(rest)
-    elif top == "decoder":
+    elif top == "decoder" and rest.startswith(("embeddings.", "layers.")):
         found = (f"cross_modal_decoder.{rest}",)
     elif top == "lm_head" and f"mlm_head.{rest}" in HEADS:
         found = (f"decoder_{HEADS[f'mlm_head.{rest}']}",)
