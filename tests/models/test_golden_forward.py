@@ -95,7 +95,7 @@ def test_what_need_names_is_right_and_the_rest_absent(case: GoldenCase, need: Ne
     last = case.sizes["top"] - 1
     expected = {
         "text": f"infer/cross_text.{last}" if need in (Need.ALL, Need.TEXT, Need.BOTH) else None,
-        "image": f"infer/cross_image.{last}" if need in (Need.ALL, Need.BOTH) else None,
+        "image": f"infer/cross_image.{last}" if need in (Need.ALL, Need.IMAGE, Need.BOTH) else None,
         "cls": "infer/cls_feats" if need in (Need.ALL, Need.CLS) else None,
     }
     for name, golden in expected.items():
