@@ -42,8 +42,11 @@ HEADS = {
     "mlm_head.decoder.bias": "mlm_score.bias",
     "itm_head.weight": "itm_score.fc.weight",
     "itm_head.bias": "itm_score.fc.bias",
+    "rank_head.weight": "rank_output.weight",
+    "rank_head.bias": "rank_output.bias",
     **{
-        f"vqa_head.{ours}.{kind}": f"vqa_classifier.{theirs}.{kind}"
+        f"{task}_head.{ours}.{kind}": f"{task}_classifier.{theirs}.{kind}"
+        for task in ("vqa", "nlvr2", "snli")
         for ours, theirs in (("dense", 0), ("norm", 1), ("out", 3))
         for kind in ("weight", "bias")
     },

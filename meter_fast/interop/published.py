@@ -27,7 +27,6 @@ NEVER_COMPUTED = (
 )
 PUBLISHED_ENCODERS = ("clip_vit", "swin")
 WINDOW_BUFFERS = (".relative_position_index", ".attn_mask")  # of Swin: they follow from the resolution
-OTHER_TASKS = ("vqa_classifier.", "nlvr2_classifier.", "snli_classifier.", "rank_output.")
 CLIP_CONTEXT = 77
 CLIP_TEXT_WIDTH = {768: 512, 1024: 768}  # of CLIP's own text encoder, by the width of its ViT
 
@@ -145,12 +144,11 @@ def _build(
     with torch.device(device):
         model = Meter(config, load_weights=False)
     left = dict(state)
-    aside = NEVER_COMPUTED + OTHER_TASKS
     own_names = {theirs for name in model.state_dict() for theirs in original_names(name)}
     unused = {
         name: left.pop(name)
         for name in state
-        if name not in own_names and (name.startswith(aside) or name.endswith(WINDOW_BUFFERS))
+        if name not in own_names and (name.startswith(NEVER_COMPUTED) or name.endswith(WINDOW_BUFFERS))
     }
     matched, missing, problems = [], [], []
     values: dict[str, Tensor] = {}

@@ -80,6 +80,9 @@ def infer_config(
         mim_in_batch_head=any(key.startswith("mim_in_batch_score.") for key in state),
         mim_codes_head=len(state["mim_codes_score.weight"]) if "mim_codes_score.weight" in state else 0,
         vqa_answers=len(state.get(VQA_OUT, ())),
+        nlvr2_head="nlvr2_classifier.3.bias" in state,
+        snli_head="snli_classifier.3.bias" in state,
+        rank_head="rank_output.bias" in state,
     )
 
 

@@ -194,6 +194,7 @@ class ModelConfig:
     of the image tokenizer, 0 for no head. One with a decoder also has a head over the vocabulary behind that.
 
     vqa_answers: answers that the head of visual question answering chooses from (3129 in VQAv2); 0: no such head.
+    nlvr2_head, snli_head, rank_head: those of the other tasks; nlvr2_head needs fusion.token_types=3.
     init_std: of the matrices and embeddings that start at random; 0.02 as published, which suits a width of 768. Narrow
     models learn sooner with more: signals then keep their size through the layers.
     """
@@ -206,6 +207,9 @@ class ModelConfig:
     mim_in_batch_head: bool = False
     mim_codes_head: int = 0
     vqa_answers: int = 0
+    nlvr2_head: bool = False
+    snli_head: bool = False
+    rank_head: bool = False
     init_std: float = 0.02
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
@@ -217,6 +221,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.vqa_answers < 0:
             raise ValueError(f"model.vqa_answers={self.vqa_answers}: 0 (no head) or the number of answers")
+        if self.nlvr2_head and self.fusion.token_types < 3:
+            raise ValueError(
+                f"model.fusion.token_types={self.fusion.token_types}: model.nlvr2_head=true tells two pictures apart, "
+                "which takes 3"
+            )
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,13 @@ class AnswerHead(nn.Module):
         return self.out(F.gelu(self.norm(self.dense(cls))))
 
 
+class RankHead(nn.Linear):
+    """cls [B,width] -> scores [B,1], which rank texts of a picture or pictures of a text."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
+
+
 class Pooler(nn.Module):
     """First token, or mean of the tokens, [B,D] -> [B,D]: dense, tanh."""
 

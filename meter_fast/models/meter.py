@@ -14,7 +14,7 @@ from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import KernelsConfig, ModelConfig
 from meter_fast.models.decoder import TextDecoder
 from meter_fast.models.fusion import Fused, Need, Part
-from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, init_new_weights
+from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, RankHead, init_new_weights
 from meter_fast.models.merged_attention import MergedAttention
 from meter_fast.models.packing import Packing
 from meter_fast.models.text import build_text, can_pack, encode_packed, encode_padded, set_text_checkpointing
@@ -24,6 +24,8 @@ from meter_fast.models.weights import WeightsReport, load_text_weights, load_vis
 
 __all__ = ["Fused", "Meter", "Need", "Part"]
 
+NLVR2_ANSWERS = 2  # false, true
+SNLI_LABELS = 3  # contradiction, neutral, entailment
 FUSIONS = {"co_attention": CoAttention, "merged_attention": MergedAttention}
 
 
@@ -62,9 +64,12 @@ class Meter(nn.Module):
         self.mim_codes_head = (
             Decoder(config.fusion.width, config.mim_codes_head, kernels.mlm_loss) if config.mim_codes_head else None
         )
-        answers = config.vqa_answers
-        self.vqa_head = AnswerHead(config.cls_width, config.fusion.width, answers) if answers else None
-        heads = (self.mlm_head, self.itm_head, self.lm_head, self.mim_in_batch_head, self.mim_codes_head, self.vqa_head)
+        answers, width = config.vqa_answers, config.fusion.width
+        self.vqa_head = AnswerHead(config.cls_width, width, answers) if answers else None
+        self.nlvr2_head = AnswerHead(2 * config.cls_width, width, NLVR2_ANSWERS) if config.nlvr2_head else None
+        self.snli_head = AnswerHead(config.cls_width, width, SNLI_LABELS) if config.snli_head else None
+        self.rank_head = RankHead(config.cls_width) if config.rank_head else None
+        heads = (module for name, module in self.named_children() if name.endswith("_head"))
         for module in (self.fusion, self.decoder, *heads):
             if module is not None:
                 init_new_weights(module, config.init_std)

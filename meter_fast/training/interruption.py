@@ -8,8 +8,8 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
-from types import FrameType
 
 import psutil
 
@@ -22,7 +22,8 @@ ECHO_SECONDS = 2.0
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGHUP, or when the launcher is gone. A second signal ends the process at once."""
+    """Set by SIGTERM, SIGINT or SIGHUP, or when the launcher is gone. A second signal ends the process at once, even
+    where it waits for a peer: Python would call a handler only after that, and but once."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -30,25 +31,36 @@ class StopRequest:
         self._launchers = [p for p in psutil.Process().parents() if _is_launcher(p)]
 
     def listen(self) -> None:
-        """Install the handlers (main thread only). SIGHUP stays ignored where nohup has asked for that."""
+        """Listen from now on (to be called in the main thread). SIGHUP stays ignored where nohup has asked for that."""
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._heard)
+                signal.signal(number, lambda number, frame: self._note(number))
 
     def pending(self) -> bool:
         """True once this process has a reason to stop; `reason` says which."""
         if not self.reason and not all(_is_alive(p) for p in self._launchers):
-            self.reason = "the launcher is gone"
+            self._since, self.reason = time.monotonic(), "the launcher is gone"
         return bool(self.reason)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+    def _listen(self, heard: int) -> None:
+        """Runs in a thread of its own: a byte comes for each signal, whatever the main thread does."""
+        while True:
+            for number in os.read(heard, 64):
+                if number not in SIGNALS:
+                    continue
+                if self.reason and time.monotonic() - self._since > ECHO_SECONDS:
+                    os._exit(128 + number)
+                self._note(number)
+
+    def _note(self, number: int) -> None:
         if number == signal.SIGHUP and sys.stdout.isatty():
             _let_go_of_terminal()
         if not self.reason:
-            self.reason, self._since = signal.Signals(number).name, now
-        elif now - self._since > ECHO_SECONDS:
-            os._exit(128 + number)
+            self._since, self.reason = time.monotonic(), signal.Signals(number).name
 
 
 def _is_launcher(process: psutil.Process) -> bool:

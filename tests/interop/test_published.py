@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from golden_cases import GOLDEN, TOLERANCE, GoldenCase, load_case, relative
+from safetensors.torch import load_file
 from torch import Tensor
 
 from meter_fast.interop import LoadReport, from_meter, original_name, original_names, to_meter
@@ -208,14 +209,24 @@ def test_swin_states_that_do_not_fit(change: Callable, message: str) -> None:
         load(change(dict(load_case("swin_roberta").state)))
 
 
-def test_task_checkpoint_keeps_its_heads(golden: GoldenCase) -> None:
-    """A VQA checkpoint has no pre-training heads: neither has the model, and the VQA head is given back."""
-    state = {name: value for name, value in golden.state.items() if not name.startswith(("mlm_score", "itm_score"))}
-    state["vqa_classifier.0.weight"] = torch.ones(96, 96)
-    model, report = load(state)
-    assert model.mlm_head is None and model.itm_head is None
-    assert "vqa_classifier.0.weight" in report.unused
-    assert set(to_meter(model, report.unused)) == set(state)
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli", "rank"])
+def test_task_checkpoint_keeps_its_heads(case: GoldenCase, task: str) -> None:
+    """A task's checkpoint has no pre-training heads: neither has the model, and the task's head goes in and out."""
+    state = {name: value for name, value in case.state.items() if not name.startswith(("mlm_score", "itm_score"))}
+    tasks = load_file(GOLDEN / case.name / "state_tasks.safetensors")
+    own = {name: value for name, value in tasks.items() if name.startswith((f"{task}_", "token_type"))}
+    heads = {"text_heads": case.sizes["text"]["num_attention_heads"], "fusion_heads": case.sizes["heads"]}
+    model, report = from_meter(state | own, **heads)
+    assert [name for name, _ in model.named_children() if name.endswith("_head")] == [f"{task}_head"]
+    assert model.fusion.token_types.weight.shape[0] == 3
+    written = to_meter(model, report.unused)
+    assert set(written) == set(state | own)
+    assert all(torch.equal(written[name], value) for name, value in own.items())
+
+
+def test_half_a_head_is_refused(golden: GoldenCase) -> None:
+    with pytest.raises(ValueError, match=r"vqa_classifier.0.weight \(96, 96\) has no place"):
+        load(golden.state | {"vqa_classifier.0.weight": torch.ones(96, 96)})
 
 
 def save_lightning_file(path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

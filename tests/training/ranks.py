@@ -66,8 +66,20 @@ class RankServer:
         self._process.stdin.flush()
         pids = self._said.get(timeout=30)["pids"]
         ended = Ended([99] * world, [0.0] * world, [""] * world, pids)
-        if meanwhile is not None:
-            meanwhile(pids)
+        try:
+            if meanwhile is not None:
+                meanwhile(pids)
+        except BaseException:  # the test fails, and must not leave ranks behind for which the next one would wait
+            for pid in pids:
+                stop(pid, signal.SIGKILL)
+            self._wait(ended, pids, 0)
+            raise
+        self._wait(ended, pids, timeout)
+        ended.logs = [(log / f"rank-{rank}.log").read_text(errors="replace") for rank in range(world)]
+        return ended
+
+    def _wait(self, ended: Ended, pids: list[int], timeout: float) -> None:
+        """Take down how each rank ends; kill what is left after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -78,11 +90,9 @@ class RankServer:
                 deadline = time.monotonic() + 30
                 continue
             if "done" in message:
-                break
+                return
             ended.codes[message["rank"]] = message["code"]
             ended.seconds[message["rank"]] = message["seconds"]
-        ended.logs = [(log / f"rank-{rank}.log").read_text(errors="replace") for rank in range(world)]
-        return ended
 
     def train(self, world: int, run_dir: Path, settings: Sequence[str], **options) -> Ended:
         """meter_fast.train with recipe, settings and run.dir; records what each step saw (see workers.train)."""

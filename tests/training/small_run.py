@@ -71,10 +71,11 @@ def settings(data: Path, *more: str) -> list[str]:
 
 
 def losses(run_dir: Path) -> dict[int, tuple[float, ...]]:
-    """Step -> (loss of each objective ..., gradient norm), every digit that was written."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    names = [name for name in next(r["loss"] for r in rows if "loss" in r) if name != "total"]
-    return {r["step"]: (*(r["loss"][n] for n in names), r["grad_norm"]) for r in rows if "loss" in r}
+    """Step -> (loss of each objective ..., gradient norm), every digit that was written. Of a run that is still writing
+    the last line may be there in part; it is left out."""
+    whole = (run_dir / "metrics.jsonl").read_text().rpartition("\n")[0]
+    rows = [row for row in map(json.loads, whole.splitlines()) if "loss" in row]
+    return {r["step"]: (*(v for n, v in r["loss"].items() if n != "total"), r["grad_norm"]) for r in rows}
 
 
 def samples(run_dir: Path, world: int) -> dict[int, list[int]]:
