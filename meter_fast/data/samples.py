@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from meter_fast.data.caption_check import BadCaption, check_caption
 from meter_fast.data.image_check import BadImage, check_image
 from meter_fast.data.images import BatchDecodeError, ImageBackend
 from meter_fast.data.order import mix
-from meter_fast.data.text import BadCaption, check_caption
 
 BAD_IN_A_ROW = 100  # so many unusable samples one after another are no bad luck but a broken data set or set-up
 ATTEMPTS = 10 * BAD_IN_A_ROW  # draws of a replacement, those included that show the partner's picture
