@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import meter_fast
+from meter_fast.cli_data import add_parsers as add_data_parsers
 
 EXIT_WRONG_INPUT = 2
 
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         scenes.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"pictures (default {count})")
     scenes.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     scenes.set_defaults(run=data_scenes)
+    add_data_parsers(data)
 
     train = commands.add_parser("train", help="train in one process; on several: deepspeed --module meter_fast.train")
     train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain; ablation: a table of the paper")

@@ -24,9 +24,11 @@ someone'd've someone'll someone's something'd something'd've something'll that's
 they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
 where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
 y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 CONTRACTIONS = {
-    word[: place.start()] + word[place.end() :]: word for word in _CONTRACTIONS for place in re.finditer("'", word)
+    word[: place.start()] + word[place.end() :]: word
+    for word in _CONTRACTIONS.split()
+    for place in re.finditer("'", word)
 } | {"somebody'd": "somebodyd"}
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
