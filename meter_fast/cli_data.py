@@ -4,11 +4,17 @@ Knows what each command needs; heavy libraries are loaded inside it.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meter_fast.data.prepare.plan import Plan
 
 EXIT_STOPPED = 75  # as a training run that was stopped: the same command goes on
 EXIT_BROKEN = 2
+KINDS = ("captions", "vqa", "retrieval")
 SETS = ("coco", "vg", "gcc", "sbu", "f30k", "vqav2", "nlvr2", "snli_ve")
 
 
@@ -19,14 +25,38 @@ def add_parsers(data: argparse._SubParsersAction) -> None:
     prepare.add_argument("raw", metavar="RAW", type=Path, help="folder with the downloaded files")
     prepare.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     prepare.add_argument("--splits", metavar="A,B", default="", help="default: all")
-    _add_reading(prepare, "missing", "default 0.01; gcc, sbu 0.5")
+    prepare.add_argument("--max-missing", type=float, metavar="SHARE",
+                         help="of pictures missing or unusable (default 0.01; gcc, sbu 0.5)")  # fmt: skip
+    _add_workers(prepare)
     prepare.set_defaults(run=data_prepare)
 
+    own = data.add_parser("import", help="Arrow tables from pictures of your own, named by a .csv or .jsonl file")
+    own.add_argument("kind", metavar="KIND", choices=KINDS, help="captions, vqa or retrieval (captions with splits)")
+    own.add_argument("source", metavar="SRC", type=Path, help="the file, with columns image and caption, or image, "
+                     "question and answer, or answers with | between; or its folder")  # fmt: skip
+    own.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    own.add_argument("--name", default="", help="of the tables: NAME, or NAME_SPLIT (default: the file's)")
+    own.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures (default: the file's)")
+    own.add_argument("--answers", type=Path, metavar="FILE", help="vqa: take the answers of this JSON list as labels")
+    own.add_argument("--min-count", type=int, default=1, metavar="N", help="vqa: answers given so often are labels")
+    own.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE",
+                     help="of rows and pictures that cannot be used (default 0.01)")  # fmt: skip
+    _add_workers(own)
+    own.set_defaults(run=data_import)
 
-def _add_reading(parser: argparse.ArgumentParser, gone: str, default: str) -> None:
-    parser.add_argument(
-        f"--max-{gone}", type=float, metavar="SHARE", help=f"of pictures that cannot be used ({default})"
-    )
+    check = data.add_parser("check", help="read tables and shards once and tell what is broken")
+    check.add_argument("root", metavar="ROOT", type=Path, help="folder of .arrow and .tar files")
+    check.add_argument("--names", nargs="+", default=(), metavar="NAME",
+                       help="tables, published sets or shards:PATTERN (default: all there)")  # fmt: skip
+    check.add_argument("--decode", action="store_true", help="decode every picture; else header and end are read")
+    check.add_argument("--max-bad-share", type=float, default=0.01, metavar="SHARE",
+                       help="of a table's pictures or texts; more is exit code 2 (default 0.01)")  # fmt: skip
+    check.add_argument("--json", type=Path, metavar="FILE", help="write what was found there, too")
+    _add_workers(check)
+    check.set_defaults(run=data_check)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read pictures (default: as cores)")
 
 
@@ -36,7 +66,7 @@ def data_prepare(arguments: argparse.Namespace) -> int | None:
     splits = tuple(split.strip() for split in arguments.splits.split(",") if split.strip())
     max_missing = SETS[arguments.set].max_missing if arguments.max_missing is None else arguments.max_missing
     _check_reading(arguments.workers, "--max-missing", max_missing)
-    return _carry_out(plan_set(arguments.set, arguments.raw, splits), arguments, max_missing)
+    return _carry_out(plan_set(arguments.set, arguments.raw, splits), arguments, "--max-missing", max_missing)
 
 
 def _check_reading(workers: int | None, name: str, share: float) -> None:
@@ -46,7 +76,15 @@ def _check_reading(workers: int | None, name: str, share: float) -> None:
         raise ValueError(f"--workers {workers}: give 0 or more")
 
 
-def _carry_out(plan, arguments: argparse.Namespace, max_missing: float) -> int | None:
+def _workers(arguments: argparse.Namespace) -> int:
+    return min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _carry_out(plan: "Plan", arguments: argparse.Namespace, option: str, max_missing: float) -> int | None:
     """Writes a plan's tables and says what is in them."""
     from meter_fast.config import DataConfig
     from meter_fast.data.prepare import carry_out, left_out_lines
@@ -55,10 +93,11 @@ def _carry_out(plan, arguments: argparse.Namespace, max_missing: float) -> int |
         manifest = carry_out(
             plan,
             arguments.out,
-            workers=min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers,
+            workers=_workers(arguments),
             max_missing=max_missing,
+            option=option,
             max_pixels=DataConfig.max_image_pixels,
-            say=lambda line: print(line, flush=True),
+            say=_say,
         )
     except KeyboardInterrupt:
         print("stopped; finished tables stay, and the same command goes on from there")
@@ -67,3 +106,58 @@ def _carry_out(plan, arguments: argparse.Namespace, max_missing: float) -> int |
         print(f"  {line}")
     print(f"{arguments.out / plan.name}.manifest.json has counts and hashes")
     return None
+
+
+def data_import(arguments: argparse.Namespace) -> int | None:
+    from meter_fast.data.prepare.own import own_captions, own_questions
+
+    share = arguments.max_bad_share
+    _check_reading(arguments.workers, "--max-bad-share", share)
+    if arguments.kind == "vqa":
+        plan = own_questions(
+            arguments.source, arguments.name, arguments.images, share, arguments.answers, arguments.min_count
+        )
+    elif arguments.answers or arguments.min_count != 1:
+        raise ValueError("--answers and --min-count go with vqa")
+    else:
+        plan = own_captions(arguments.kind, arguments.source, arguments.name, arguments.images, share)
+    code = _carry_out(plan, arguments, "--max-bad-share", share)
+    if code is None:
+        print(f"read it with data.root={arguments.out} data.sources=arrow:{plan.tables[0].name}")
+    return code
+
+
+def data_check(arguments: argparse.Namespace) -> int | None:
+    from dataclasses import asdict
+
+    from meter_fast.config import DataConfig
+    from meter_fast.data.prepare.checking import check_data
+
+    _check_reading(arguments.workers, "--max-bad-share", arguments.max_bad_share)
+    results = check_data(
+        arguments.root,
+        arguments.names,
+        workers=_workers(arguments),
+        max_pixels=DataConfig.max_image_pixels,
+        decode=arguments.decode,
+        say=_say,
+    )
+    broken = False
+    for one in results:
+        found = one.found
+        over = bool(one.error) or found.share() > arguments.max_bad_share
+        broken = broken or over
+        bad = {**found.bad_pictures, **found.bad_texts}
+        verdict = "BROKEN" if over else "usable" if bad else "sound"
+        print(f"{one.name}  {one.kind}  {found.pictures:,} pictures  {found.texts:,} texts  {verdict}")
+        for line in [one.error] if one.error else []:
+            print(f"  {line}")
+        for cause, entry in bad.items():
+            print(f"  {cause}: {entry['count']:,}, first {', '.join(entry['first'])}")
+        notes = {**one.notes, **({"pictures without a text": found.without_text} if found.without_text else {})}
+        for note, count in notes.items():
+            print(f"  {note}: {count:,}")
+    if arguments.json is not None:
+        report = [{**asdict(one), "share": one.found.share()} for one in results]
+        arguments.json.write_text(json.dumps({"broken": broken, "tables": report}, indent=2) + "\n", encoding="utf-8")
+    return EXIT_BROKEN if broken else None

@@ -36,6 +36,11 @@ def test_commands_and_options_are_these():
         "": ["--version", "--traceback"],
         "data": [],
         "data scenes": ["out", "--train", "--val", "--test", "--seed"],
+        "data prepare": ["set", "raw", "out", "--splits", "--max-missing", "--workers"],
+        "data import": [
+            *("kind", "source", "out", "--name", "--images", "--answers", "--min-count", "--max-bad-share", "--workers")
+        ],
+        "data check": ["root", "--names", "--decode", "--max-bad-share", "--json", "--workers"],
         "train": ["recipe", "settings"],
         "evaluate": ["model", "task", "settings", "--pairs", "--pictures", "--json"],
         "report": ["model", "settings", "--split", "--pictures"],

@@ -10,9 +10,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS, BadImage, check_image
@@ -42,49 +43,50 @@ def read_picture(path: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes | Lef
         return LeftOut(path, error.cause, error.detail)
 
 
-class PictureReader:
-    """Reads the pictures of rows. workers: processes; 0 or 1 reads in this one. Close it, or use it in `with`."""
+@contextmanager
+def picture_reader(
+    workers: int = 1, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> Iterator[Callable[[Iterator[Row]], Iterator[tuple[Row, Read]]]]:
+    """A function from rows to each row with what its pictures are, in order.
 
-    def __init__(self, workers: int = 1, max_pixels: int = DEFAULT_MAX_PIXELS):
-        self._workers, self._max_pixels = workers, max_pixels
-        self._pool: ProcessPoolExecutor | None = None
-        if workers > 1:
-            self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_process)
+    workers: processes; 0 or 1 reads in this one. Raises PrepareError where a reading process ended.
+    """
+    if workers <= 1:
+        yield lambda rows: ((row, _read([row.pictures], max_pixels)[0]) for row in rows)
+        return
+    with process_pool(workers) as pool:
+        yield lambda rows: _read_ahead(pool, workers, rows, max_pixels)
 
-    def __enter__(self) -> "PictureReader":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of our own that end with this one. Raises PrepareError where one of them ended before."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_process)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise PrepareError(
+            "a process that reads pictures was ended from outside, perhaps for lack of memory; start again, with "
+            "fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
-    def read(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Read]]:
-        """Each row with what its pictures are, in order. Raises PrepareError where a reading process ended."""
-        if self._pool is None:
-            for row in rows:
-                yield row, _read([row.pictures], self._max_pixels)[0]
+
+def _read_ahead(
+    pool: ProcessPoolExecutor, workers: int, rows: Iterator[Row], max_pixels: int
+) -> Iterator[tuple[Row, Read]]:
+    waiting: deque[tuple[list[Row], Future[list[Read]]]] = deque()
+    while True:
+        while len(waiting) < workers + 2:
+            chunk = list(islice(rows, AT_ONCE))
+            if not chunk:
+                break
+            waiting.append((chunk, pool.submit(_read, [row.pictures for row in chunk], max_pixels)))
+        if not waiting:
             return
-        waiting: deque[tuple[list[Row], Future[list[Read]]]] = deque()
-        try:
-            while True:
-                while len(waiting) < self._workers + 2:
-                    chunk = list(islice(rows, AT_ONCE))
-                    if not chunk:
-                        break
-                    paths = [row.pictures for row in chunk]
-                    waiting.append((chunk, self._pool.submit(_read, paths, self._max_pixels)))
-                if not waiting:
-                    return
-                chunk, future = waiting.popleft()
-                yield from zip(chunk, future.result(), strict=True)
-        except BrokenProcessPool:
-            raise PrepareError(
-                "a process that reads pictures was ended from outside, perhaps for lack of memory; start again, with "
-                "fewer --workers"
-            ) from None
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        chunk, future = waiting.popleft()
+        yield from zip(chunk, future.result(), strict=True)
 
 
 def _read(rows: list[tuple[str, ...]], max_pixels: int) -> list[Read]:

@@ -10,7 +10,6 @@ and is never written over.
 
 import json
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,11 +21,10 @@ import pyarrow as pa
 
 import meter_fast
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
-from meter_fast.data.prepare.plan import MISSING, LeftOut, Part, Plan, PrepareError, Table
-from meter_fast.data.prepare.reading import PictureReader
+from meter_fast.data.prepare.plan import MISSING, LeftOut, Part, Plan, PrepareError, Row, Table
+from meter_fast.data.prepare.progress import Progress
+from meter_fast.data.prepare.reading import Read, picture_reader
 from meter_fast.data.prepare.writing import BATCH_BYTES, TableWriter, Written, sha256_of, write_text
-
-SAY_EVERY = 10.0  # seconds between two lines of progress
 
 
 def carry_out(
@@ -35,6 +33,7 @@ def carry_out(
     *,
     workers: int = 1,
     max_missing: float = 0.01,
+    option: str = "--max-missing",
     max_pixels: int = DEFAULT_MAX_PIXELS,
     batch_bytes: int = BATCH_BYTES,
     say: Callable[[str], None] = print,
@@ -42,10 +41,10 @@ def carry_out(
     """Writes all tables of a plan to the folder `out`, those that are finished excepted; returns the manifest.
 
     workers: processes that read pictures. max_missing: largest share, of the rows of a split, of pictures that are
-    missing or cannot be used. batch_bytes: of pictures in memory before they are written. Raises PrepareError: too many
-    missing, files of others in the way, tables of other annotations.
+    missing or cannot be used; option: its name in messages. batch_bytes: of pictures in memory before they are written.
+    Raises PrepareError: too many missing, files of others in the way, tables of other annotations.
     """
-    budgets = {split: _Budget(plan, split, max_missing) for split in plan.wanted}
+    budgets = {split: _Budget(plan, split, max_missing, option) for split in plan.wanted}
     for budget in budgets.values():
         budget.check()
     out.mkdir(parents=True, exist_ok=True)
@@ -59,11 +58,11 @@ def carry_out(
     for name, text in plan.files.items():
         write_text(out / name, text)
     run.write_lists()
-    progress = _Progress(sum(table.count for table in todo), say)
-    with PictureReader(workers, max_pixels) as reader:
+    progress = Progress(sum(table.count for table in todo), "rows", say)
+    with picture_reader(workers, max_pixels) as read:
         for table in todo:
             writer = TableWriter(out / f"{table.name}.arrow", table.columns, batch_bytes)
-            run.make(writer, table.digest(), lambda w, t=table: _copy(t, reader, w, budgets[t.split], progress))
+            run.make(writer, table.digest(), lambda w, t=table: _copy(t, read, w, budgets[t.split], progress))
             say(f"{table.name}: {run.tables[table.name]['rows']:,} rows written")
     for part in plan.parts:
         if not run.finished(part.name):
@@ -79,9 +78,9 @@ def carry_out(
 class _Budget:
     """How many rows of a split there may be without usable pictures."""
 
-    def __init__(self, plan: Plan, split: str, share: float):
+    def __init__(self, plan: Plan, split: str, share: float, option: str):
         self.name = f"{plan.name}, split {split}" if split else plan.name
-        self.wanted, self.share = plan.wanted[split], share
+        self.wanted, self.share, self.option = plan.wanted[split], share, option
         self.missing = [one for one in plan.left_out.get(split, []) if one.cause == MISSING]
         self.unusable = 0
         self.causes: Counter[str] = Counter({MISSING: len(self.missing)} if self.missing else {})
@@ -91,13 +90,13 @@ class _Budget:
         """Raises PrepareError when too many are gone."""
         gone = len(self.missing) + self.unusable
         if self.wanted == 0:
-            raise PrepareError(f"{self.name}: the annotations name no picture; is it the right file?")
+            raise PrepareError(f"{self.name}: not one picture is named (or none has a text that can be used)")
         if gone < self.wanted and gone <= self.share * self.wanted:
             return
         told = ", ".join(f"{cause} {count:,}" for cause, count in self.causes.items())
         raise PrepareError(
             f"{self.name}: {gone:,} of {self.wanted:,} pictures cannot be used ({told}; first "
-            f"{', '.join(self.first)}), more than --max-missing {self.share:g}. Get them, or give a larger share (but "
+            f"{', '.join(self.first)}), more than {self.option} {self.share:g}. Get them, or give a larger share (but "
             "not all may be missing)"
         )
 
@@ -145,6 +144,10 @@ class _Run:
                                f"give another folder, or remove {there[0]}.arrow and its like")  # fmt: skip
         if self._changed:
             self.tables, self._earlier = {}, {}
+        for name, text in self.plan.files.items():
+            path = self.out / name
+            if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+                raise PrepareError(f"{path} is there with other content; move it away, or give another folder")
         foreign = [name for name in there if not self.finished(name)]
         if foreign:
             raise PrepareError(f"{self.out / foreign[0]}.arrow is there, but was not written by this command "
@@ -175,7 +178,7 @@ class _Run:
 
     def write_manifest(self, complete: bool) -> dict[str, Any]:
         """Puts what is known into NAME.manifest.json; splits that were written earlier stay in it."""
-        counts = {split: dict(Counter(one.cause for one in lost)) for split, lost in self.plan.left_out.items()}
+        counts = {split: _by_cause(lost) for split, lost in self.plan.left_out.items()}
         earlier = self._earlier
         manifest = {
             "name": self.plan.name,
@@ -197,7 +200,7 @@ class _Run:
 
     def write_lists(self) -> None:
         """NAME.SPLIT.missing.txt: cause, path and detail of all that is in no table, tab-separated."""
-        for split in self.plan.wanted:
+        for split in dict.fromkeys([*self.plan.wanted, *self.plan.left_out]):
             lost = [asdict(one) for one in self.plan.left_out.get(split, [])]
             for table in self.plan.tables:
                 if table.split == split:
@@ -207,19 +210,34 @@ class _Run:
                 write_text(path, "".join(f"{one['cause']}\t{one['name']}\t{one['detail']}\n" for one in lost))
 
 
+def _by_cause(lost: list[LeftOut]) -> dict[str, dict]:
+    """How many, and the first ones."""
+    found: dict[str, dict] = {}
+    for one in lost:
+        entry = found.setdefault(one.cause, {"count": 0, "first": []})
+        entry["count"] += 1
+        if entry["count"] <= 3:
+            entry["first"].append(f"{one.name} ({one.detail})" if one.detail else one.name)
+    return found
+
+
 def _copy(
-    table: Table, reader: PictureReader, writer: TableWriter, budget: _Budget, progress: "_Progress"
+    table: Table,
+    read: Callable[[Iterator[Row]], Iterator[tuple[Row, Read]]],
+    writer: TableWriter,
+    budget: _Budget,
+    progress: Progress,
 ) -> list[LeftOut]:
     """Writes the rows whose pictures can be used; returns why others cannot, one reason for each."""
     left_out = []
-    for row, pictures in reader.read(table.rows()):
+    for row, pictures in read(table.rows()):
         bad = next((one for one in pictures if isinstance(one, LeftOut)), None)
         if bad is None:
             writer.add({**row.values, **dict(zip(table.pictures, pictures, strict=True))})
         else:
             left_out.append(bad)
             budget.add(bad)
-        progress.step(table.name, sum(len(one) for one in pictures if isinstance(one, bytes)))
+        progress.step(table.name, 1, sum(len(one) for one in pictures if isinstance(one, bytes)))
     return left_out
 
 
@@ -237,48 +255,16 @@ def _cut(opened: pa.ipc.RecordBatchFileReader, part: Part, writer: TableWriter) 
     return []
 
 
-class _Progress:
-    """A line every few seconds: what is read of all, how fast, how long yet."""
-
-    def __init__(self, total: int, say: Callable[[str], None]):
-        self._total, self._say = total, say
-        self._rows = self._bytes = 0
-        self._began = self._said = time.monotonic()
-
-    def step(self, name: str, size: int) -> None:
-        """One row more, of `size` bytes."""
-        self._rows += 1
-        self._bytes += size
-        now = time.monotonic()
-        if now - self._said >= SAY_EVERY:
-            self._said = now
-            self._say(f"{name}: {self.line(now - self._began)}")
-
-    def line(self, seconds: float) -> str:
-        """After so many seconds."""
-        rate = self._rows / seconds
-        left = (self._total - self._rows) / rate
-        return (
-            f"{self._rows:,} of {self._total:,} rows, {rate:,.0f} a second, {self._bytes / seconds / 1e6:,.1f} MB/s, "
-            f"{_duration(left)} left"
-        )
-
-
-def _duration(seconds: float) -> str:
-    """In the two largest units."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
-
-
 def left_out_lines(manifest: dict[str, Any]) -> Iterator[str]:
     """For people: how many are in no table, by split and cause, and what else was counted."""
-    for split, counts in manifest["passed_over"].items():
-        for cause, count in counts.items():
-            yield f"{split or 'all'}: {count:,} of {manifest['wanted'][split]:,} {cause}"
+    groups = {split or "all": causes for split, causes in manifest["passed_over"].items()}
+    groups.update(
+        {name: _by_cause([LeftOut(**one) for one in entry["left_out"]]) for name, entry in manifest["tables"].items()}
+    )
+    for where, causes in groups.items():
+        for cause, found in causes.items():
+            yield f"{where}: left out {found['count']:,} {cause}, first {', '.join(found['first'])}"
     for name, entry in manifest["tables"].items():
-        for cause, count in Counter(one["cause"] for one in entry["left_out"]).items():
-            yield f"{name}: {count:,} of {entry['rows'] + len(entry['left_out']):,} {cause}"
         if entry["repaired"]:
             yield f"{name}: {entry['repaired']:,} texts held half of a character, now a question mark"
     for name, count in manifest["notes"].items():
