@@ -6,10 +6,13 @@ Knows what each command needs; heavy libraries are loaded inside it.
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from meter_fast.data.prepare.plan import Plan
 
 EXIT_STOPPED = 75  # as a training run that was stopped: the same command goes on
@@ -66,7 +69,8 @@ def data_prepare(arguments: argparse.Namespace) -> int | None:
     splits = tuple(split.strip() for split in arguments.splits.split(",") if split.strip())
     max_missing = SETS[arguments.set].max_missing if arguments.max_missing is None else arguments.max_missing
     _check_reading(arguments.workers, "--max-missing", max_missing)
-    return _carry_out(plan_set(arguments.set, arguments.raw, splits), arguments, "--max-missing", max_missing)
+    print(f"{arguments.set}: reading the annotations in {arguments.raw}", flush=True)
+    return _carry_out(lambda: plan_set(arguments.set, arguments.raw, splits), arguments, "--max-missing", max_missing)
 
 
 def _check_reading(workers: int | None, name: str, share: float) -> None:
@@ -84,12 +88,15 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _carry_out(plan: "Plan", arguments: argparse.Namespace, option: str, max_missing: float) -> int | None:
-    """Writes a plan's tables and says what is in them."""
+def _carry_out(
+    make: "Callable[[], Plan]", arguments: argparse.Namespace, option: str, max_missing: float
+) -> int | None:
+    """Makes a plan, writes its tables and says what is in them."""
     from meter_fast.config import DataConfig
     from meter_fast.data.prepare import carry_out, left_out_lines
 
     try:
+        plan = make()
         manifest = carry_out(
             plan,
             arguments.out,
@@ -105,6 +112,8 @@ def _carry_out(plan: "Plan", arguments: argparse.Namespace, option: str, max_mis
     for line in left_out_lines(manifest):
         print(f"  {line}")
     print(f"{arguments.out / plan.name}.manifest.json has counts and hashes")
+    if option == "--max-bad-share":  # of own data
+        print(f"read it with data.root={arguments.out} data.sources=arrow:{plan.tables[0].name}")
     return None
 
 
@@ -113,18 +122,14 @@ def data_import(arguments: argparse.Namespace) -> int | None:
 
     share = arguments.max_bad_share
     _check_reading(arguments.workers, "--max-bad-share", share)
+    source, name, images = arguments.source, arguments.name, arguments.images
     if arguments.kind == "vqa":
-        plan = own_questions(
-            arguments.source, arguments.name, arguments.images, share, arguments.answers, arguments.min_count
-        )
+        make = partial(own_questions, source, name, images, share, arguments.answers, arguments.min_count)
     elif arguments.answers or arguments.min_count != 1:
         raise ValueError("--answers and --min-count go with vqa")
     else:
-        plan = own_captions(arguments.kind, arguments.source, arguments.name, arguments.images, share)
-    code = _carry_out(plan, arguments, "--max-bad-share", share)
-    if code is None:
-        print(f"read it with data.root={arguments.out} data.sources=arrow:{plan.tables[0].name}")
-    return code
+        make = partial(own_captions, arguments.kind, source, name, images, share)
+    return _carry_out(make, arguments, "--max-bad-share", share)
 
 
 def data_check(arguments: argparse.Namespace) -> int | None:

@@ -176,6 +176,8 @@ def _read(
     folder = images or file.parent
     if not folder.is_dir():
         raise PrepareError(f"--images {folder} is not a folder")
+    if not _is_name(name):
+        raise PrepareError(f"--name {name!r}: it becomes the name of a file")
     records: list[_Record] = []
     lost: dict[str, list[LeftOut]] = {}
     where, numbers = Folders(), set()

@@ -4,6 +4,7 @@ Knows Arrow IPC files. Knows nothing of where rows come from. A table is written
 disk, and gets its name by `publish`; a file that was left unfinished is written over.
 """
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class TableWriter:
 
     def abandon(self) -> None:
         """Removes what was written, if it has not its name yet."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk
+            self._file.close()
         self._hidden.unlink(missing_ok=True)
 
     def _flush(self) -> None:

@@ -5,10 +5,14 @@ import json
 import pyarrow as pa
 import pytest
 from golden_cases import GOLDEN
-from raw import MAKERS, SCHEMA, SHUFFLED, TABLES, golden
+from raw_sets import MAKERS, SCHEMA, SHUFFLED, TABLES, golden
 
 from meter_fast.cli import main
+from meter_fast.data.answers import find_answers
+from meter_fast.data.prepare import carry_out, plan_set
 from meter_fast.data.prepare.vqa_words import normalize_word, score
+from meter_fast.data.question_tables import open_questions
+from meter_fast.data.sources import open_sources
 
 SCORING = json.loads((GOLDEN / "vqa_scoring.json").read_text())
 
@@ -37,6 +41,17 @@ def test_every_table_is_as_published(name, tmp_path, capsys):
             ours, theirs = (one.sort_by(SHUFFLED[name]) for one in (ours, theirs))
         for column in theirs.column_names:
             assert ours[column].to_pylist() == theirs[column].to_pylist(), (stem, column)
+
+
+@pytest.mark.parametrize("name", ["coco", "vg", "sbu", "gcc", "f30k", "vqav2"])
+def test_training_reads_the_tables_by_the_name_of_the_set(name, tmp_path):
+    MAKERS[name](tmp_path / "raw")
+    carry_out(plan_set(name, tmp_path / "raw"), tmp_path, say=print)
+    opened = open_questions(["vqa"], tmp_path) if name == "vqav2" else open_sources([name], tmp_path)
+    assert len(opened) > 1 and opened.coverage()[0]["pictures"] > 1
+    if name == "vqav2":
+        answers = find_answers(opened.tables, str(tmp_path / "vqav2_answers.json"))
+        assert answers.names == ("no", "2", "black and white", "yes")
 
 
 def test_answers_are_made_alike_as_published():

@@ -1,26 +1,19 @@
-"""Tables from raw files: what is missing or broken is told, stopping leaves nothing half, the next run goes on."""
+"""Tables from raw files: what is missing or broken is told, what others wrote is left alone, memory stays flat."""
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from making import BAD_PICTURES, picture
-from raw import MAKERS, put
+from raw_sets import MAKERS, put
 
 from meter_fast.cli import main
 from meter_fast.data.prepare import PrepareError, caption_sets, carry_out, plan_set
 from meter_fast.data.tables import ArrowCaptions
 
 TRAIN = "coco_caption_karpathy_train.arrow"
-COMMAND = [sys.executable, "-m", "meter_fast.cli", "data", "prepare"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def name_of(number: int) -> str:
@@ -141,67 +134,6 @@ def test_the_manifest_has_counts_hashes_and_versions(tmp_path):
     assert manifest["versions"]["pyarrow"] == pa.__version__
 
 
-def hanging_run(raw: Path, out: Path, workers: int) -> subprocess.Popen:
-    """A run of COCO that has written a table (val) and now waits, in the middle of the next, for a picture that never
-    comes: a pipe that nobody writes to."""
-    MAKERS["coco"](raw)
-    pipe = raw / "val2014" / "COCO_val2014_000000000005.jpg"  # the second picture of test, the last table
-    content = pipe.read_bytes()
-    pipe.rename(pipe.with_name("kept"))
-    os.mkfifo(pipe)
-    process = subprocess.Popen(
-        [*COMMAND, "coco", str(raw), str(out), "--workers", str(workers)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (out / ".coco_caption_karpathy_test.arrow.part").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.2)
-    assert len(content) > 100
-    return process
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_leaves_no_half_table_and_no_process_and_the_next_finishes(tmp_path, workers, capsys):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    process = hanging_run(raw, out, workers)
-    started = children(process.pid)
-    process.kill()
-    process.communicate()
-    test = out / "coco_caption_karpathy_test.arrow"
-    assert not test.exists() and not manifest_of(out)["complete"]
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{child}/cwd").exists() for child in started) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{child}/cwd").exists() for child in started)
-    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.arrow")}
-    assert len(finished) == 3
-    pipe = raw / "val2014" / "COCO_val2014_000000000005.jpg"
-    (raw / "val2014" / "kept").replace(pipe)
-    assert prepare("coco", raw, out) == 0
-    assert "coco_caption_karpathy_train: finished already, 2 rows" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.arrow")}.items() >= finished.items()
-    assert test.exists() and manifest_of(out)["complete"] and not list(out.glob(".*"))
-
-
-def test_ctrl_c_ends_with_code_75_and_removes_what_is_half(tmp_path):
-    out = tmp_path / "out"
-    process = hanging_run(tmp_path / "raw", out, 1)
-    process.send_signal(signal.SIGINT)
-    printed, error = process.communicate(timeout=60)
-    assert process.returncode == 75, error
-    assert "the same command goes on" in printed and not list(out.glob(".*"))
-
-
 def test_tables_of_others_and_of_other_raw_files_are_never_written_over(tmp_path, capsys):
     raw, out = big_coco(tmp_path / "raw"), tmp_path / "out"
     put(out / TRAIN, b"a table of someone else")
@@ -284,23 +216,18 @@ def test_the_last_thousand_pictures_of_val_are_apart(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda raw: (raw / "karpathy" / "dataset_coco.json").unlink(),
-            "no karpathy/dataset_coco.json or dataset_coco",
-        ),
-        (lambda raw: put(raw / "karpathy" / "dataset_coco.json", '{"images": [{"filename": '), "download it again"),
-        (
-            lambda raw: put(raw / "karpathy" / "dataset_coco.json", {"pictures": []}),
-            "no 'images' in it, but 'pictures'",
-        ),
-        (lambda raw: put(raw / "karpathy" / "dataset_coco.json", {"images": [{"file": 1}]}), "no 'filename' in"),
-        (lambda raw: put(raw / "karpathy" / "dataset_coco.json", {"images": []}), "not one picture is named"),
-        (lambda raw: put(raw / "karpathy" / "dataset_coco.json", {"images": [1]}), "no 'filename' in 1"),
+        (Path.unlink, "no karpathy/dataset_coco.json or dataset_coco"),
+        (lambda path: put(path, '{"images": [{"filename": '), "download it again"),
+        (lambda path: put(path, {"pictures": []}), "no 'images' in it, but 'pictures'"),
+        (lambda path: put(path, {"images": [{"file": 1}]}), "no 'filename' in"),
+        (lambda path: put(path, {"images": []}), "not one picture is named"),
+        (lambda path: put(path, {"images": [1]}), "no 'filename' in 1"),
+        (lambda path: put(path, {"images": [{"filename": "a", "split": "train", "sentences": 3}]}), "expected form"),
     ],
 )
 def test_wrong_annotations_are_named(tmp_path, capsys, change, message):
     MAKERS["coco"](tmp_path / "raw")
-    change(tmp_path / "raw")
+    change(tmp_path / "raw" / "karpathy" / "dataset_coco.json")
     assert prepare("coco", tmp_path / "raw", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from making import BAD_PICTURES, picture
-from raw import jsonl, put
+from raw_sets import jsonl, put
 
 from meter_fast.cli import main
 from meter_fast.data.answers import find_answers, read_answers
@@ -229,3 +229,5 @@ def test_options_of_questions_are_refused_for_captions(tmp_path, capsys):
     write(pictures(tmp_path) / "mine.csv", CAPTIONS[:1])
     assert run("captions", tmp_path, tmp_path / "out", "--min-count", "2") == 2
     assert "go with vqa" in capsys.readouterr().err
+    assert run("captions", tmp_path, tmp_path / "out", "--name", "../mine") == 2
+    assert "--name '../mine'" in capsys.readouterr().err
