@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from meter_fast.data.answers import AnswersError, names_in_tables
 from meter_fast.data.caption_check import BadCaption, check_caption
@@ -293,11 +292,13 @@ def _check_picture(encoded: np.ndarray, name: Callable[[], str], found: Found, m
 
 
 def _decode(encoded: np.ndarray, kind: str) -> None:
-    """All pixels, by Pillow. Raises BadImage."""
+    """All pixels, by Pillow, whose decoders raise nearly anything. Raises BadImage."""
     with open_with_pillow(memoryview(encoded), kind) as image:
         try:
             image.load()
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:
             raise bad_image_of(error) from error
 
 

@@ -211,6 +211,9 @@ def test_the_last_thousand_pictures_of_val_are_apart(tmp_path, monkeypatch):
         [4],
         [5],
     ]
+    (tmp_path / "vqav2_val.arrow").unlink()  # what was cut from it would not fit a new one
+    with pytest.raises(PrepareError, match=r"vqav2_trainable_val\.arrow was written when other pictures"):
+        carry_out(plan_set("vqav2", tmp_path / "raw", ["val"]), tmp_path, say=print)
 
 
 @pytest.mark.parametrize(

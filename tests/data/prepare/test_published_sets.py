@@ -7,9 +7,12 @@ import pytest
 from golden_cases import GOLDEN
 from raw_sets import MAKERS, SCHEMA, SHUFFLED, TABLES, golden
 
+from meter_fast import cli_data
 from meter_fast.cli import main
 from meter_fast.data.answers import find_answers
-from meter_fast.data.prepare import carry_out, plan_set
+from meter_fast.data.prepare import SETS, carry_out, plan_set
+from meter_fast.data.prepare.own import COLUMNS
+from meter_fast.data.prepare.progress import Progress, duration
 from meter_fast.data.prepare.vqa_words import normalize_word, score
 from meter_fast.data.question_tables import open_questions
 from meter_fast.data.sources import open_sources
@@ -52,6 +55,21 @@ def test_training_reads_the_tables_by_the_name_of_the_set(name, tmp_path):
     if name == "vqav2":
         answers = find_answers(opened.tables, str(tmp_path / "vqav2_answers.json"))
         assert answers.names == ("no", "2", "black and white", "yes")
+
+
+def test_the_commands_know_the_same_names():
+    assert cli_data.SETS == tuple(SETS) == tuple(MAKERS)
+    assert set(cli_data.KINDS) == set(COLUMNS)
+
+
+def test_progress_tells_rate_and_time_left():
+    said = []
+    progress = Progress(1000, "rows", said.append)
+    for _ in range(100):
+        progress.step("vg", 1, 20_000)
+    assert said == []  # nothing in the first seconds
+    assert progress.line(10.0) == "100 of 1,000 rows, 10 a second, 0.2 MB/s, 1 min 30 s left"
+    assert [duration(seconds) for seconds in (4.4, 60, 3600 * 5 + 61)] == ["4 s", "1 min 00 s", "5 h 01 min"]
 
 
 def test_answers_are_made_alike_as_published():
