@@ -140,16 +140,8 @@ def evaluate_questions(path: Path, settings: Sequence[str], limit: int | None, d
         seed, pixels = config.run.seed, data.max_image_pixels
         return QuestionAssembler(sources, text, images, seed, len(answers), pixels, replace=False)
 
-    return _score_texts(
-        path,
-        "vqa",
-        model,
-        config,
-        limit,
-        device,
-        assemble,
-        lambda *run: score_questions(run[0], run[1], answers, run[2]),
-    )
+    score = partial(score_questions, answers=answers)
+    return _score_texts(path, "vqa", model, config, limit, device, assemble, score)
 
 
 def evaluate_statements(path: Path, task: str, settings: Sequence[str], limit: int | None, device: str | None) -> dict:
