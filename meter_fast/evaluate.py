@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import meter_fast
 from meter_fast.config import FINE_TUNING, DataConfig, RunConfig, from_dict, override
-from meter_fast.data.about_pictures import AboutPictures, split_loader
+from meter_fast.data.about_pictures import AboutPictures, most_pictures, split_loader
 from meter_fast.data.answers import Answers, names_in_tables, read_answers
 from meter_fast.data.batch import Batch
 from meter_fast.data.images import ImageBackend, image_transform, open_backend
@@ -187,7 +187,7 @@ def _score_texts(
     check_vocabulary(model, tokenizer)
     text = TextPipeline(tokenizer, min(data.max_text_length, model.config.text.max_length))
     transform = image_transform(data.transform, model.config.vision.image_size)
-    backend = open_backend(data.backend, transform, device, torch.float32, max_batch=batch)
+    backend = open_backend(data.backend, transform, device, torch.float32, max_batch=most_pictures(batch))
     try:
         assembler = assemble(text, backend)
         loader = split_loader(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from meter_fast import evaluate
 from meter_fast.cli import main
 from meter_fast.config import override, to_dict
 from meter_fast.data.about_pictures import split_loader
@@ -144,6 +145,23 @@ def test_command_line(scenes, scene_tokenizer, task_model, task, task_run, tmp_p
     said = capsys.readouterr().out
     files = ", ".join(TASKS[task].splits["val"])
     assert f"split {task}, val ({files}), 20 {TASKS[task].texts}" in said
+
+
+def test_the_back_end_is_opened_for_all_pictures_of_a_batch(task, task_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def opening(*given: object, max_batch: int):
+        backend = open_backend(*given, max_batch=max_batch)
+        decode = backend.decode
+        monkeypatch.setattr(
+            backend, "decode", lambda encoded: opened.append((len(encoded), max_batch)) or decode(encoded)
+        )
+        return backend
+
+    monkeypatch.setattr(evaluate, "open_backend", opening)
+    evaluate.evaluate_split(task_run, task, ["engine.micro_batch=1"])
+    assert opened and max(count for count, _ in opened) > 1
+    assert all(count <= most for count, most in opened)
 
 
 def test_refusals(task: str, task_run: Path, scenes: Path, run_dir: Path, capsys) -> None:

@@ -24,6 +24,7 @@ from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 
 SMALLEST_EVALUATION = 16  # texts; those about one picture are rarely as many
+PICTURES = 2  # that a text is about, at most
 _EVALUATION = 5  # purpose of the permutation that a part of a held-out split is drawn by
 
 
@@ -89,6 +90,11 @@ class AboutPictures(ABC):
             places[content] = len(distinct)
             distinct.append(dataclasses.replace(one, image=image))
         return places[content]
+
+
+def most_pictures(batch_size: int) -> int:
+    """The most pictures that a micro-batch of so many texts holds, in training and in evaluation."""
+    return PICTURES * max(batch_size, SMALLEST_EVALUATION)
 
 
 def split_loader(

@@ -118,7 +118,7 @@ def refit(name: str, before: int, after: int) -> str:
     """What `fit_token_types` did to a table of `before` rows, in words."""
     if before < after:
         return f"resized: {name} from {before} to {after} rows, new ones start as row {before - 1}"
-    return f"resized: {name} from {before} to {after} rows, row {before - 1} left out"
+    return f"resized: {name} from {before} to {after} rows, row {', '.join(map(str, range(after, before)))} left out"
 
 
 def spread(image: Tensor, parts: tuple[Part, ...]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from meter_fast.config import RunConfig
-from meter_fast.data.about_pictures import AboutPictures, split_loader
+from meter_fast.data.about_pictures import AboutPictures, most_pictures, split_loader
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.loader import TrainingLoader
 from meter_fast.data.order import SampleOrder, micro_slices
@@ -30,7 +30,7 @@ def open_loaders(
     data, engine, run = config.data, config.engine, config.run
     order = SampleOrder(sources.sizes, run.seed, engine.global_batch, sources.weights)
     text = TextPipeline(tokenizer, data.max_text_length)
-    backend = open_images(config, world, dtype)
+    backend = open_images(config, world, dtype, most_pictures(engine.micro_batch))
     slices = micro_slices(engine.global_batch, world.size, engine.micro_batch, world.rank, accumulation, pairs=False)
     loader = TrainingLoader(
         order, assemble(sources, text, backend, True), slices, data.workers, data.prefetch, data.max_bad_share

@@ -13,7 +13,7 @@ from golden_cases import GOLDEN
 from making import BAD_PICTURES, WORDS, backend, picture, write_table
 from transformers import PreTrainedTokenizerFast
 
-from meter_fast.data.about_pictures import split_loader
+from meter_fast.data.about_pictures import most_pictures, split_loader
 from meter_fast.data.batch import StatementBatch
 from meter_fast.data.loader import TrainingLoader
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices
@@ -312,6 +312,15 @@ def test_evaluation_reads_each_statement_once(said, tokenizer, world: int) -> No
         lengths.add(len(batches))
         seen += told(batches)
     assert len(lengths) == 1 and sorted(row[0] for row in seen) == list(range(120))
+
+
+def test_no_batch_holds_more_pictures_than_the_back_end_is_opened_for(said, tokenizer) -> None:
+    reader = assembler_of(said, tokenizer, replace=False)
+    for size in (1, 8, 40):
+        assert max(len(batch.images) for batch in split_loader(reader, batch_size=size)) <= most_pictures(size)
+    samples = np.arange(0, 120, 6)  # 20 statements, none about the same pictures
+    images = reader.micro_batch(samples, samples).batch.images
+    assert len(images) == len(samples) * len(said.read(0).images) <= most_pictures(len(samples))
 
 
 def test_evaluation_leaves_the_bad_out(spoilt, tokenizer) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meter_fast.data.batch import StatementBatch
 from meter_fast.interop import from_meter, to_meter
+from meter_fast.models.config import DecoderConfig, ModelConfig
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss
 from meter_fast.objectives.losses import classified
@@ -63,7 +64,7 @@ def golden_batch(case: GoldenCase, task: str) -> StatementBatch:
     )
 
 
-def task_config(model: Meter, task: str):
+def task_config(model: Meter, task: str) -> ModelConfig:
     """The configuration of `model` with the head of a task."""
     config = dataclasses.replace(model.config, mlm_head=False, itm_head=False)
     if task == "nlvr2":
@@ -174,8 +175,6 @@ def test_left_and_right_are_told_apart() -> None:
 
 def test_with_a_decoder() -> None:
     """The decoder's one row of each picture, side by side."""
-    from meter_fast.models.config import DecoderConfig
-
     config = dataclasses.replace(task_config(small_model(), "nlvr2"), decoder=DecoderConfig(layers=1))
     torch.manual_seed(1)
     model, batch = Meter(config).double().eval(), small_task_batch("nlvr2").to("cpu", torch.float64)
