@@ -44,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
         "model", metavar="RUN_OR_EXPORT", type=Path, help="run directory, export folder or METER .ckpt"
     )
     evaluate.add_argument(
-        "task", choices=["pretrain", "vqa", "retrieval"], metavar="TASK", help="pretrain, vqa or retrieval"
+        "task",
+        choices=["pretrain", "vqa", "nlvr2", "snli_ve", "retrieval"],
+        metavar="TASK",
+        help="pretrain, vqa, nlvr2, snli_ve or retrieval",
     )
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA data.val_split=test"
@@ -132,7 +135,14 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     for kind, row in scores.get("vqa", {}).items():
         other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"
         print(f"vqa {kind:<15}  score {100 * row['score']:.2f} %{other}  of {row['count']:,}")
-    noun = "questions" if "vqa" in scores else "pairs"
+    for task in ("nlvr2", "snli_ve"):
+        for label, row in scores.get(task, {}).items():
+            other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"
+            chance = f"  chance {100 * row['chance']:.2f} %" if "chance" in row else ""
+            accuracy = f"accuracy {100 * row['accuracy']:.2f} %"
+            print(f"{task} {label:<13}  {accuracy}{other}{chance}  of {row['count']:,}")
+    nouns = {"vqa": "questions", "nlvr2": "statements", "snli_ve": "hypotheses"}
+    noun = next((noun for task, noun in nouns.items() if task in scores), "pairs")
     print(f"split {scores['split']}, {scores['pairs']:,} {noun}, skipped {scores['skipped'] or 'none'}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,9 @@ from meter_fast.models.config import KernelsConfig, ModelConfig
 from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 
 T = TypeVar("T")
-FINE_TUNING = ("vqa", "reconstruction")  # objectives with batches of their own; the others share pairs
+OnPairs = Literal["mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption"]
+Alone = Literal["vqa", "nlvr2", "snli_ve", "reconstruction"]  # with batches of their own
+FINE_TUNING: tuple[str, ...] = typing.get_args(Alone)
 
 
 class ConfigError(ValueError):
@@ -54,9 +56,7 @@ class DataConfig:
 class ObjectivesConfig:
     """What the model is trained on."""
 
-    names: tuple[
-        Literal["mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption", "vqa", "reconstruction"], ...
-    ] = ("mlm", "itm")
+    names: tuple[Literal[OnPairs, Alone], ...] = ("mlm", "itm")
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"

@@ -3,7 +3,8 @@
 Knows objectives, loaders and where a model's settings lie. What single words and captions tell is in `score`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,21 +13,25 @@ from torch import Tensor, nn
 
 import meter_fast
 from meter_fast.config import FINE_TUNING, DataConfig, RunConfig, from_dict, override
+from meter_fast.data.about_pictures import AboutPictures, most_pictures, split_loader
 from meter_fast.data.answers import Answers, names_in_tables, read_answers
 from meter_fast.data.batch import Batch
-from meter_fast.data.images import image_transform, open_backend
+from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.loader import EvaluationLoader
 from meter_fast.data.question_tables import open_questions
-from meter_fast.data.questions import QuestionAssembler, question_split_loader
+from meter_fast.data.questions import QuestionAssembler
 from meter_fast.data.sources import PUBLISHED, Sources, open_sources
 from meter_fast.data.spans import open_denoiser
+from meter_fast.data.statement_tables import TASKS, open_statements
+from meter_fast.data.statements import StatementAssembler
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.models.export import ANSWERS
 from meter_fast.models.files import read_json
 from meter_fast.models.meter import Meter
-from meter_fast.objectives.joint import JointLoss
+from meter_fast.objectives.joint import OBJECTIVES, JointLoss
 from meter_fast.recipes import resolve
+from meter_fast.score_statements import score_statements
 from meter_fast.score_vqa import score_questions
 from meter_fast.training.masked_images import open_cells
 
@@ -76,14 +81,16 @@ def evaluate_split(
 ) -> dict:
     """Score the model at `model_path` (run directory, export folder or METER .ckpt) on held-out pairs, on one process.
 
-    task: "pretrain", or "vqa" (see `evaluate_questions`). settings: "data.root=FOLDER" and the like, over the run's own
-    or, for a model without a run, over the recipe's; `held_out_names` says what is scored, of data.val_split. pairs: at
-    most so many. Returns `evaluate_pretraining`'s scores and {"split", "pairs", "skipped"}. Raises ValueError where
-    something is missing or does not fit.
+    task: "pretrain", "vqa" (see `evaluate_questions`), "nlvr2" or "snli_ve" (`evaluate_statements`). settings:
+    "data.root=FOLDER" and the like, over the run's own or, for a model without a run, over the recipe's;
+    `held_out_names` says what is scored, of data.val_split. pairs: at most so many. Returns `evaluate_pretraining`'s
+    scores and {"split", "pairs", "skipped"}. Raises ValueError where something is missing or does not fit.
     """
     path = Path(model_path)
     if task == "vqa":
         return evaluate_questions(path, settings, pairs, device)
+    if task in TASKS:
+        return evaluate_statements(path, task, settings, pairs, device)
     model = meter_fast.load(path)
     config = override(_settings_of(path, task), settings)
     data, objectives = config.data, config.objectives
@@ -122,35 +129,81 @@ def evaluate_questions(path: Path, settings: Sequence[str], limit: int | None, d
 
     The label space is the model's own (answers.json), or data.answers; the tables' must agree with it.
     """
-    model = meter_fast.load(path)
-    if model.vqa_head is None:
-        raise ValueError(f"{path} answers no questions (it has no vqa_head): fine-tune it first, "
-                         f"meter-fast train vqa run.init={path}")  # fmt: skip
     config = override(_settings_of(path, "vqa"), settings)
-    data = config.data
+    model, data = _tuned(path, "vqa"), config.data
     if not data.val_sources:
         raise ValueError("name held-out questions, for example data.val_sources=arrow:vqav2_val")
     sources = open_questions(data.val_sources, data.root, data.val_split)
     answers = _answers_of(path, model, data, sources)
+
+    def assemble(text: TextPipeline, images: ImageBackend) -> QuestionAssembler:
+        seed, pixels = config.run.seed, data.max_image_pixels
+        return QuestionAssembler(sources, text, images, seed, len(answers), pixels, replace=False)
+
+    score = partial(score_questions, answers=answers)
+    return _score_texts(path, "vqa", model, config, limit, device, assemble, score)
+
+
+def evaluate_statements(path: Path, task: str, settings: Sequence[str], limit: int | None, device: str | None) -> dict:
+    """`evaluate_split` for "nlvr2" or "snli_ve": {task: `score_statements`'s scores, "split", "pairs", "skipped"}."""
+    config = override(_settings_of(path, task), settings)
+    model, data = _tuned(path, task), config.data
+    if not data.val_sources:
+        raise ValueError(f"name held-out {TASKS[task].texts}, for example data.val_sources=arrow:"
+                         f"{TASKS[task].splits['val'][0]}")  # fmt: skip
+    sources = open_statements(task, data.val_sources, data.root, data.val_split)
+
+    def assemble(text: TextPipeline, images: ImageBackend) -> StatementAssembler:
+        return StatementAssembler(sources, text, images, config.run.seed, data.max_image_pixels, replace=False)
+
+    score = partial(score_statements, task=task)
+    return _score_texts(path, task, model, config, limit, device, assemble, score)
+
+
+def _tuned(path: Path, task: str) -> Meter:
+    """The model, which has the head of a task. Raises ValueError where it has not."""
+    model, head = meter_fast.load(path), OBJECTIVES[task].HEAD
+    if getattr(model, head) is None:
+        start = path / "export" if (path / "export").is_dir() else path
+        raise ValueError(f"{path} was not trained on {task} (it has no {head}): fine-tune it first, "
+                         f"meter-fast train {task} run.init={start}")  # fmt: skip
+    return model
+
+
+def _score_texts(
+    path: Path,
+    task: str,
+    model: Meter,
+    config: RunConfig,
+    limit: int | None,
+    device: str | None,
+    assemble: Callable[[TextPipeline, ImageBackend], AboutPictures],
+    score: Callable[..., dict],
+) -> dict:
+    """Scores over the texts about pictures of data.val_sources, and what they are of."""
+    data, batch = config.data, config.engine.micro_batch
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(tokenizer_of(path, data.tokenizer))
     check_vocabulary(model, tokenizer)
     text = TextPipeline(tokenizer, min(data.max_text_length, model.config.text.max_length))
-    transform, batch = image_transform(data.transform, model.config.vision.image_size), config.engine.micro_batch
-    backend = open_backend(data.backend, transform, device, torch.float32, max_batch=batch)
+    transform = image_transform(data.transform, model.config.vision.image_size)
+    backend = open_backend(data.backend, transform, device, torch.float32, max_batch=most_pictures(batch))
     try:
-        assembler = QuestionAssembler(
-            sources, text, backend, config.run.seed, len(answers), data.max_image_pixels, replace=False
-        )
-        loader = question_split_loader(
+        assembler = assemble(text, backend)
+        loader = split_loader(
             assembler, batch_size=batch, limit=limit, seed=config.run.seed, workers=data.workers,
             max_bad_share=data.max_bad_share,
         )  # fmt: skip
-        scores = score_questions(model.to(device), loader, answers, device)
+        scores = score(model.to(device), loader, device=device)
     finally:
         backend.close()
-    count = len(sources) if limit is None else min(limit, len(sources))
-    return {"vqa": scores, "split": ", ".join(data.val_sources), "pairs": count, "skipped": dict(loader.skipped)}
+    total = len(assembler.sources)
+    files = [file.stem for table in assembler.sources.tables for file in table.files]
+    said = ", ".join(data.val_sources)
+    if any(":" not in name for name in data.val_sources):
+        said += f", {data.val_split} ({', '.join(files)})"
+    count = total if limit is None else min(limit, total)
+    return {task: scores, "split": said, "pairs": count, "skipped": dict(loader.skipped)}
 
 
 def _answers_of(path: Path, model: Meter, data: DataConfig, sources: Sources) -> Answers:
@@ -192,7 +245,7 @@ def _settings_of(path: Path, task: str) -> RunConfig:
         config = from_dict(RunConfig, read_json(path / "config.json"))
         own = [name for name in config.objectives.names if name in FINE_TUNING]
         if own and task != own[0]:
-            hint = f": meter-fast evaluate {path} vqa" if own[0] == "vqa" else ""
+            hint = f": meter-fast evaluate {path} {own[0]}" if own[0] != "reconstruction" else ""
             raise ValueError(f"{path} is a run of {own[0]}, not of {task}{hint}")
         return config
     return resolve([task])

@@ -1,9 +1,6 @@
 """The VQA score of a model on a split of questions, in all and by kind of answer, beside that with other pictures.
 
 Knows models, loaders of questions and the label space. Knows nothing of runs or training.
-
-With another question's picture nothing but the language can help: what is left of the score is what the questions alone
-give away.
 """
 
 from collections.abc import Iterable
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from meter_fast.data.answers import Answers
 from meter_fast.data.batch import VqaBatch
+from meter_fast.exchanged import other_pictures
 from meter_fast.models.meter import Meter, Need, Part
 from meter_fast.objectives.vqa import answer_scores
 
@@ -72,12 +70,11 @@ def _scores(model: Meter, batch: VqaBatch) -> tuple[Tensor, Tensor]:
     image = model.encode_image(batch.images)
     text = model.encode_text(batch.text_ids, batch.text_mask)
     found = []
-    for rows in (batch.image_rows, (batch.image_rows + 1) % len(batch.images)):
+    others, there = other_pictures(batch.image_rows[:, None])
+    for rows in (batch.image_rows, others.squeeze(1)):
         (fused,) = model.fuse_parts(text, image, batch.text_mask, (Part(Need.CLS, len(batch), rows),))
         found.append(answer_scores(model.vqa_head(fused.cls), batch.targets))
-    if len(batch.images) < 2:
-        found[1] = torch.full_like(found[0], float("nan"))
-    return found[0], found[1]
+    return found[0], found[1].masked_fill(~there, float("nan"))
 
 
 def _kinds(targets: Tensor, answers: Answers) -> list[str]:

@@ -10,11 +10,12 @@ import torch
 
 from meter_fast.cli import main
 from meter_fast.config import override, to_dict
+from meter_fast.data.about_pictures import split_loader
 from meter_fast.data.answers import find_answers
 from meter_fast.data.batch import VqaBatch
 from meter_fast.data.images import image_transform, open_backend
 from meter_fast.data.question_tables import open_questions
-from meter_fast.data.questions import QuestionAssembler, question_split_loader
+from meter_fast.data.questions import QuestionAssembler
 from meter_fast.data.text import TextPipeline
 from meter_fast.models.export import save_export
 from meter_fast.models.heads import AnswerHead
@@ -50,7 +51,7 @@ def batches(scenes: Path, tokenizer, answers, size: int, limit: int | None = Non
     sources = open_questions(["vqa"], scenes, split)
     backend = open_backend("torchvision", image_transform("clip", 64), "cpu", torch.float32)
     assembler = QuestionAssembler(sources, TextPipeline(tokenizer, 40), backend, 0, len(answers), replace=False)
-    return list(question_split_loader(assembler, batch_size=size, limit=limit))
+    return list(split_loader(assembler, batch_size=size, limit=limit))
 
 
 def alone(batch: VqaBatch, n: int, shift: int) -> VqaBatch:

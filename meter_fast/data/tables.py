@@ -9,7 +9,7 @@ it is mapped ends the process (SIGBUS): replace files by renaming a new one over
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,11 @@ class Sample:
     image: np.ndarray
     text: str
     name: str
+
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """The one picture that the text is about."""
+        return (self.image,)
 
 
 class BinaryColumn:
@@ -98,6 +103,35 @@ def check_offsets(columns: Iterable[tuple[str, np.ndarray, int]], where: str) ->
     for column, offsets, end in columns:
         if offsets.size and (offsets[0] < 0 or offsets[-1] > end or _descends(offsets)):
             raise TableError(f"{where}: damaged offsets in column {column}; copy the file again")
+
+
+class TextRuns:
+    """Where the texts of several record batches lie, numbered on over all of them. counts: of each batch, how many
+    texts each of its rows has [n]."""
+
+    def __init__(self, counts: Sequence[np.ndarray]):
+        self._first = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]), dtype=np.int64)
+        self._first_row = np.cumsum([0, *(one.size for one in counts)]).tolist()
+
+    @property
+    def rows(self) -> int:
+        """Rows of all batches."""
+        return self._first.size - 1
+
+    @property
+    def texts(self) -> int:
+        """Texts of all batches."""
+        return int(self._first[-1])
+
+    def rows_of(self, places: np.ndarray) -> np.ndarray:
+        """places [n] int64 of texts -> [n] int64: which row each belongs to, 0..rows-1."""
+        return np.searchsorted(self._first, places, side="right") - 1
+
+    def find(self, place: int) -> tuple[int, int, int]:
+        """Of one text: its batch, its row in that, and its number among the texts of the row."""
+        row = int(self.rows_of(np.int64(place)))
+        batch = bisect_right(self._first_row, row) - 1
+        return batch, row - self._first_row[batch], place - int(self._first[row])
 
 
 class ArrowCaptions:
@@ -172,11 +206,13 @@ class ArrowCaptions:
         return indices + np.searchsorted(self._kept_before, indices, side="right")
 
 
-def open_record_batches(file: Path, fits: Callable[[Path, pa.Schema], bool]) -> Iterator[pa.RecordBatch]:
+def open_record_batches(
+    file: Path, fits: Callable[[Path, pa.Schema], bool], image: str = "image"
+) -> Iterator[pa.RecordBatch]:
     """The record batches of one table that hold rows, mapped.
 
-    fits: False for a table without rows or types, raises TableError for columns that are not those wanted. Raises
-    TableError for a file that is damaged, incomplete or compressed.
+    fits: False for a table without rows or types, raises TableError for columns that are not those wanted. image: a
+    column of pictures. Raises TableError for a file that is damaged, incomplete or compressed.
     """
     try:
         mapped = pa.memory_map(str(file), "r")
@@ -198,7 +234,7 @@ def open_record_batches(file: Path, fits: Callable[[Path, pa.Schema], bool]) -> 
             raise TableError(f"{file}: record batch {number} is damaged ({error}); copy the file again") from None
         if table.num_rows == 0:
             continue
-        _refuse_compressed(file, table.column("image"), whole)
+        _refuse_compressed(file, table.column(image), whole)
         yield table
 
 
@@ -233,6 +269,28 @@ def _has_type(file: Path, schema: pa.Schema, name: str) -> bool:
         expected = "list<string>"
     if not fits:
         raise TableError(f"{file}: column {name!r} is {kind}, expected {expected}; the columns are {found}")
+    return True
+
+
+def has_columns(
+    file: Path, schema: pa.Schema, columns: Mapping[str, Sequence[pa.DataType]], what: str, empty: Sequence[str] = ()
+) -> bool:
+    """True for a table with these columns, each of one of its types; False for one whose types are null because it is
+    empty. empty: columns that may be lists of null. Raises TableError for others, which are no table of `what`."""
+    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    for name, kinds in columns.items():
+        index = schema.get_field_index(name)
+        if index < 0:
+            raise TableError(
+                f"{file}: no column {name!r}; a table of {what} has {', '.join(columns)}; this one {found}"
+            )
+        kind = schema.field(index).type
+        if pa.types.is_null(kind):
+            return False
+        nothing = name in empty and kind in (pa.list_(pa.null()), pa.list_(pa.list_(pa.null())))
+        if kind not in kinds and not nothing:
+            expected = str(kinds[0]).replace("item: ", "")
+            raise TableError(f"{file}: column {name!r} is {kind}, expected {expected}; the columns are {found}")
     return True
 
 

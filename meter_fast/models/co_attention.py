@@ -16,7 +16,7 @@ from meter_fast.kernels.cross_attention.reference import attention_weights
 from meter_fast.kernels.launch import arch_of
 from meter_fast.models.blocks import FeedForward, PackedLinear, Projection, ResidualNorm, SelfAttention
 from meter_fast.models.config import FusionConfig, KernelsConfig
-from meter_fast.models.fusion import Fused, Fusion, Need, Part, split_record, spread
+from meter_fast.models.fusion import Fused, Fusion, Need, Part, differ_in_type, split_record, spread
 from meter_fast.models.packing import Packing
 from meter_fast.models.sides import Side, attend_across, split_heads
 
@@ -158,7 +158,6 @@ class CoAttention(Fusion):
         image: Tensor,
         text_mask: Tensor,
         parts: tuple[Part, ...],
-        image_type: int = 1,
         with_attention: bool = False,
         packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
@@ -171,7 +170,7 @@ class CoAttention(Fusion):
         else:
             sides = [Side.packed_text(packing) for packing in packings]
             whole = sides[0] if len(sides) == 1 else Side.packed_text(Packing.join(packings))
-        text, image = self._project(whole.lying(text), image, image_type)
+        text, image = self._project(whole.lying(text), image, parts)
         record: list[Tensor] | None = [] if with_attention else None
         text, image = self._layers_before_last(text, image, whole, parts, record)
         texts = text.split(sizes if packings is None else [len(packing.rows) for packing in packings])
@@ -182,7 +181,8 @@ class CoAttention(Fusion):
         self, text: Tensor, image: Tensor, side: Side, parts: tuple[Part, ...], record: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         first_attended = None
-        if any(part.images is not None for part in parts) or len(parts) > 1:
+        once = not differ_in_type(parts)  # else `_project` has spread the pictures
+        if once and (len(parts) > 1 or parts[0].images is not None):
             if len(self.layers) > 1:
                 first_attended = spread(self.layers[0].image.self_attention(image, Side.images(image)), parts)
             image = spread(image, parts)

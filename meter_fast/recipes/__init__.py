@@ -10,10 +10,18 @@ from collections.abc import Callable, Sequence
 
 from meter_fast.config import ConfigError, RunConfig, override
 from meter_fast.recipes.image_tokenizer import image_tokenizer
+from meter_fast.recipes.nlvr2 import nlvr2
 from meter_fast.recipes.pretrain import pretrain
+from meter_fast.recipes.snli_ve import snli_ve
 from meter_fast.recipes.vqa import vqa
 
-RECIPES: dict[str, Callable[..., RunConfig]] = {"pretrain": pretrain, "vqa": vqa, "image_tokenizer": image_tokenizer}
+RECIPES: dict[str, Callable[..., RunConfig]] = {
+    "pretrain": pretrain,
+    "vqa": vqa,
+    "nlvr2": nlvr2,
+    "snli_ve": snli_ve,
+    "image_tokenizer": image_tokenizer,
+}
 
 
 def resolve(argv: Sequence[str]) -> RunConfig:

@@ -54,7 +54,7 @@ def write_report(
     facts = read_run(run_dir)
     tuned = [name for name in facts.config.objectives.names if name in FINE_TUNING]
     if tuned:
-        hint = f": meter-fast evaluate {run_dir} vqa" if tuned[0] == "vqa" else ""
+        hint = f": meter-fast evaluate {run_dir} {tuned[0]}" if tuned[0] != "reconstruction" else ""
         raise ReportError(f"{run_dir} is a run of {tuned[0]}, reports are of pre-training{hint}")
     data = override(facts.config, settings).data
     root = Path(data.root)

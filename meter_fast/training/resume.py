@@ -20,6 +20,7 @@ import meter_fast
 from meter_fast.config import ConfigError, RunConfig, flatten, from_dict, to_dict
 from meter_fast.interop import HEAD_NAMES, from_meter
 from meter_fast.models.export import load_export
+from meter_fast.models.fusion import fit_token_types, refit
 from meter_fast.models.image_tokenizer import load_image_tokenizer
 from meter_fast.models.positions import fit_positions, is_position_table
 from meter_fast.models.vq_vae import VqVae
@@ -39,6 +40,7 @@ FIXED = (
     "run.seed",
     "objectives.",
 )
+TOKEN_TYPES = "fusion.token_types.weight"
 # Says nothing about the run's results.
 FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "data.root", "data.workers",
         "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
@@ -169,6 +171,10 @@ def _given(config: RunConfig, model: nn.Module, notes: list[str]) -> dict[str, T
             before, after = (table.numel() // table.shape[-1] for table in (tensors[name], own))
             tensors[name] = fit_positions(tensors[name], own.shape, config.model.vision.grid, name)
             notes.append(f"resized: {name} from {before} to {after} rows")
+    types, own = tensors.get(TOKEN_TYPES), model.state_dict().get(TOKEN_TYPES)
+    if types is not None and own is not None and len(types) != len(own):
+        tensors[TOKEN_TYPES] = fit_token_types(types, len(own))
+        notes.append(refit(TOKEN_TYPES, len(types), len(own)))
     return _with_heads(tensors, model, notes)
 
 

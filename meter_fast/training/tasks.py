@@ -6,6 +6,7 @@ the files of a run but its export.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from meter_fast.objectives.reconstruction import score_reconstructions
 from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.pairs import Pairs, open_pairs, open_training_sources
 from meter_fast.training.questions import fit_answers, open_question_loaders, open_training_questions
+from meter_fast.training.statements import open_statement_loaders, open_training_statements
 from meter_fast.training.tokenizing import (
     make_tokenizer,
     open_pictures,
@@ -87,7 +89,22 @@ PRETRAINING = Task(
     loss=lambda scores: sum(part["loss"] for part in scores.values()),
     next_command="meter-fast report {run}",
 )
+
+
+def statement_task(name: str) -> Task:
+    """Fine-tuning on statements about pictures."""
+    return Task(
+        open_sources=partial(open_training_statements, name),
+        fit=lambda config, sources: (config, None),
+        open_data=partial(open_statement_loaders, name),
+        loss=lambda scores: -scores[name]["accuracy"],  # the published choice (METER, val/the_metric)
+        next_command=f"meter-fast evaluate {{run}} {name}",
+    )
+
+
 TASKS = {
+    "nlvr2": statement_task("nlvr2"),
+    "snli_ve": statement_task("snli_ve"),
     "vqa": Task(
         open_sources=open_training_questions,
         fit=fit_answers,
