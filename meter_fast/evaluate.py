@@ -84,7 +84,7 @@ def evaluate_split(
     path = Path(model_path)
     if task == "vqa":
         return evaluate_questions(path, settings, pairs, device)
-    model = meter_fast.load(path)
+    model = meter_fast.load_model(path)
     config = override(_settings_of(path, task), settings)
     data, objectives = config.data, config.objectives
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +122,7 @@ def evaluate_questions(path: Path, settings: Sequence[str], limit: int | None, d
 
     The label space is the model's own (answers.json), or data.answers; the tables' must agree with it.
     """
-    model = meter_fast.load(path)
+    model = meter_fast.load_model(path)
     if model.vqa_head is None:
         raise ValueError(f"{path} answers no questions (it has no vqa_head): fine-tune it first, "
                          f"meter-fast train vqa run.init={path}")  # fmt: skip
