@@ -1,4 +1,4 @@
-"""The command `meter-fast`: draw data, train on one process, score, report, convert.
+"""The command `meter-fast`: draw data, train on one process, score, report, predict, convert.
 
 Knows arguments and messages; each command is carried out elsewhere, and heavy libraries are loaded inside it, so that
 `--help` answers at once. A wrong argument ends with one line and exit code 2.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import meter_fast
+from meter_fast.cli_predict import add_predict
 
 EXIT_WRONG_INPUT = 2
 
@@ -58,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--split", default="test", choices=["val", "test"], help="default test")
     report.add_argument("--pictures", type=int, default=500, metavar="N", help="score N pictures at most (default 500)")
     report.set_defaults(run=report_run)
+
+    add_predict(commands)
 
     convert = commands.add_parser("convert", help="published METER checkpoint to export folder, or back")
     convert.add_argument("source", metavar="SRC", type=Path, help=".ckpt file, or export folder or run directory")

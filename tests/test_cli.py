@@ -39,6 +39,10 @@ def test_commands_and_options_are_these():
         "train": ["recipe", "settings"],
         "evaluate": ["model", "task", "settings", "--pairs", "--pictures", "--json"],
         "report": ["model", "settings", "--split", "--pictures"],
+        "predict": [
+            *("model", "task", "input", "--text", "--out", "--k", "--batch", "--device", "--dtype", "--tokenizer"),
+            *("--transform", "--answers"),
+        ],
         "convert": ["source", "out", "--tokenizer", "--image-size", "--text-heads", "--fusion-heads"],
     }
 

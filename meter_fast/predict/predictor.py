@@ -5,6 +5,7 @@ Every call takes one picture and one text, or lists of them; a single one beside
 Shape letters: N pictures, T texts.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from meter_fast.models.meter import Meter
 from meter_fast.predict.encoded import MATCH, MAX_TEXT_LENGTH
 from meter_fast.predict.engine import Request, captions, class_logits, encode_pictures, mask_logits
 from meter_fast.predict.pictures import ImageLike, Picture, WrongImage, key_of, read_picture
-from meter_fast.predict.texts import check_text, encode_masked, encode_texts
+from meter_fast.predict.texts import TextCut, check_text, encode_masked, encode_texts
 from meter_fast.retrieval import encode_texts as encode_tokens
 from meter_fast.retrieval import match_scores
 
@@ -28,17 +29,17 @@ PICTURES_PER_BLOCK = 32  # of a ranking
 
 Scored = list[tuple[str, float]]
 
-MISSING = {
-    "vqa_head": ("answers no questions", "fine-tune it first: meter-fast train vqa run.init=MODEL"),
-    "itm_head": ("matches no texts", "train it with objectives.names=mlm,itm"),
-    "mlm_head": ("fills no masks", "train it with objectives.names=mlm,itm"),
-    "snli_head": ("knows no entailment", "take one that is fine-tuned on SNLI-VE"),
-    "nlvr2_head": ("compares no pictures", "take one that is fine-tuned on NLVR2"),
-    "decoder": (
-        "writes no captions",
-        "train one with fusion=encoder_decoder and objectives.names=span_denoising,itm,caption",
-    ),
-}
+PARTS = {  # of a model that each task needs: without it, what the model does not do, and the remedy
+    "answer": ("vqa_head", "answers no questions", "fine-tune it first: meter-fast train vqa run.init=MODEL"),
+    "match": ("itm_head", "matches no texts", "train it with objectives.names=mlm,itm"),
+    "rank": ("itm_head", "ranks no texts", "train it with objectives.names=mlm,itm, or fine-tune it on retrieval"),
+    "fill": ("mlm_head", "fills no masks", "train it with objectives.names=mlm,itm"),
+    "entails": ("snli_head", "knows no entailment", "take one that is fine-tuned on SNLI-VE"),
+    "compare": ("nlvr2_head", "compares no pictures", "take one that is fine-tuned on NLVR2"),
+    "caption": ("decoder", "writes no captions",
+                "train one with fusion=encoder_decoder objectives.names=span_denoising,itm,caption"),
+}  # fmt: skip
+NOUNS = {"answer": "question", "compare": "statement"}  # of the texts, where they are more than a text
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,33 @@ class Predictor:
         """A picture made ready, for several calls. Raises ValueError saying what is wrong with it."""
         return read_picture(image, self.transform)
 
+    def require(self, task: str) -> None:
+        """Raise ValueError where the model lacks what a call of that name needs."""
+        part, does_not, remedy = PARTS[task]
+        if getattr(self.model, part) is None and not (task == "rank" and self.model.rank_head is not None):
+            has = [name for name, _ in self.model.named_children() if name.endswith("_head")]
+            there = f"it has no {part}, only {', '.join(has) or 'encoders'}"
+            raise ValueError(f"{self.name} {does_not} ({there}): {remedy}")
+        if task == "answer":
+            self._answer_names()
+
+    def check(self, task: str, text: object) -> str:
+        """The text as a call of that name reads it. Raises ValueError for one that cannot be used."""
+        checked = check_text(text, NOUNS.get(task, "text"))
+        if task == "fill":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TextCut)
+                encode_masked(self._text, checked)
+        return checked
+
     def answer(self, image, question, k: int = 5) -> Scored | list[Scored]:
         """The k best (answer, score), best first. A score is the sigmoid of the answer's logit: VQA trains each answer
         by itself, so scores of a question need not sum to 1."""
-        self._need("vqa_head")
+        self.require("answer")
         names = self._answer_names()
         _check_k(k, len(names), "answers that the model knows")
         single, (images, questions) = _columns(image=image, question=question)
-        best = [row.sigmoid().topk(k) for row in self._classified("vqa_head", [images], questions, "question")]
+        best = [row.sigmoid().topk(k) for row in self._classified("answer", [images], questions)]
         found = [
             [(names[label], score) for label, score in zip(row.indices.tolist(), row.values.tolist())] for row in best
         ]
@@ -108,30 +128,30 @@ class Predictor:
 
     def match(self, image, text) -> float | list[float]:
         """The probability that the text belongs to the picture."""
-        self._need("itm_head")
+        self.require("match")
         single, (images, texts) = _columns(image=image, text=text)
-        found = [row.softmax(-1)[MATCH].item() for row in self._classified("itm_head", [images], texts, "text")]
+        found = [row.softmax(-1)[MATCH].item() for row in self._classified("match", [images], texts)]
         return found[0] if single else found
 
     def entails(self, image, text) -> dict[str, float] | list[dict[str, float]]:
         """{"contradiction", "neutral", "entailment"}: probabilities of what the picture says of the text."""
-        self._need("snli_head")
+        self.require("entails")
         single, (images, texts) = _columns(image=image, text=text)
-        rows = self._classified("snli_head", [images], texts, "text")
+        rows = self._classified("entails", [images], texts)
         found = [dict(zip(LABELS, row.softmax(-1).tolist(), strict=True)) for row in rows]
         return found[0] if single else found
 
     def compare(self, image_a, image_b, statement) -> float | list[float]:
         """The probability that the statement is true of the two pictures. All pictures of a call are held at once."""
-        self._need("nlvr2_head")
+        self.require("compare")
         single, (first, second, texts) = _columns(image_a=image_a, image_b=image_b, statement=statement)
-        rows = self._classified("nlvr2_head", [first, second], texts, "statement")
+        rows = self._classified("compare", [first, second], texts)
         found = [row.softmax(-1)[TRUE].item() for row in rows]
         return found[0] if single else found
 
     def fill(self, image, text, k: int = 5) -> list[Scored] | list[list[Scored]]:
         """For each "<mask>" of the text, in order, the k most probable (token, probability), best first."""
-        self._need("mlm_head")
+        self.require("fill")
         _check_k(k, self.model.config.text.vocab_size, "tokens of the vocabulary")
         single, (images, texts) = _columns(image=image, text=text)
         masked = [encode_masked(self._text, check_text(text)) for text in texts]
@@ -147,7 +167,7 @@ class Predictor:
 
     def caption(self, image, beams: int = 1, max_length: int = MAX_TEXT_LENGTH) -> str | list[str]:
         """A caption of each picture, of at most max_length tokens. beams: texts that the search keeps; 1 is greedy."""
-        self._need("decoder")
+        self.require("caption")
         single, (images,) = _columns(image=image)
         (numbers,), different, pixels = self._pictures(images)
         said = captions(self.model, self.tokenizer, pixels, different, self.batch, beams, max_length)
@@ -156,8 +176,7 @@ class Predictor:
     def rank(self, images, texts) -> Ranking:
         """Every picture against every text: by the ranking head of a model fine-tuned for retrieval, else by the
         log-odds of a match. One picture or text may stand for a list of one."""
-        if self.model.rank_head is None:
-            self._need("itm_head")
+        self.require("rank")
         images, texts = (list(x) if _is_list(x) else [x] for x in (images, texts))
         if not images or not texts:
             raise ValueError(f"rank: {len(images)} pictures and {len(texts)} texts: give at least one of each")
@@ -174,13 +193,6 @@ class Predictor:
 
     # ------------------------------------------------------------------------------------------------------- within
 
-    def _need(self, part: str) -> None:
-        if getattr(self.model, part) is None:
-            does_not, remedy = MISSING[part]
-            has = [name for name, _ in self.model.named_children() if name.endswith("_head")]
-            there = f"it has no {part}, only {', '.join(has) or 'encoders'}"
-            raise ValueError(f"{self.name} {does_not} ({there}): {remedy}")
-
     def _answer_names(self) -> list[str]:
         """The text of each label; "label 7" where the label space has no name for one."""
         if self.answers is None:
@@ -190,8 +202,9 @@ class Predictor:
             )
         return [f"label {number}" if name is None else name for number, name in enumerate(self.answers.names)]
 
-    def _classified(self, head: str, images: list[list], texts: list, what: str) -> list[torch.Tensor]:
+    def _classified(self, task: str, images: list[list], texts: list) -> list[torch.Tensor]:
         """Logits [C] float32 of each text with its picture, or its picture in each of two lists."""
+        head, what = PARTS[task][0], NOUNS.get(task, "text")
         ids = encode_texts(self._text, [check_text(text, what) for text in texts], what)
         numbers, _, pixels = self._pictures(*images)
         requests = [Request(row, tuple(pictures)) for row, *pictures in zip(ids, *numbers, strict=True)]

@@ -17,6 +17,10 @@ class WrongText(ValueError):
         self.cause = cause
 
 
+class TextCut(UserWarning):
+    """The end of a text is not read."""
+
+
 def check_text(text: object, what: str = "text") -> str:
     """The text without white space around it. what: "question" ... for the message. Raises WrongText."""
     if not isinstance(text, str):
@@ -41,7 +45,7 @@ def encode_masked(pipeline: TextPipeline, text: str) -> tuple[list[int], tuple[i
     """A checked text with masks -> ids, and places of the masks in them. Raises WrongText for a text without a mask, or
     with one beyond the tokens that are read."""
     tokenizer = pipeline.tokenizer
-    wanted = re.split(rf"\s*(?:{re.escape(MASK)}|{re.escape(tokenizer.mask_token)})", text)
+    wanted = re.split(rf"\s*{_mask(tokenizer)}", text)
     if len(wanted) == 1:
         raise WrongText("no mask", f"{text[:60]!r} has nothing to fill in: write {MASK} in place of a word")
     whole = tokenizer.mask_token.join(wanted)  # white space before a mask belongs to the word that it hides
@@ -58,7 +62,17 @@ def encode_masked(pipeline: TextPipeline, text: str) -> tuple[list[int], tuple[i
     return ids, places
 
 
+def filled(tokenizer, text: str, words: Sequence[str]) -> str:
+    """The text with a word in place of each mask."""
+    rest = iter(words)
+    return re.sub(_mask(tokenizer), lambda _: next(rest), text)
+
+
+def _mask(tokenizer) -> str:
+    return rf"(?:{re.escape(MASK)}|{re.escape(tokenizer.mask_token)})"
+
+
 def _warn(text: str, what: str, length: int) -> None:
     """stacklevel: the line that calls the predictor."""
     message = f"a {what} is longer than {length} tokens, what follows is not read: {text[:60]!r}..."
-    warnings.warn(message, UserWarning, stacklevel=5)
+    warnings.warn(message, TextCut, stacklevel=5)
