@@ -288,7 +288,7 @@ def test_a_published_checkpoint_needs_a_tokenizer_and_answers(tmp_path, export, 
     [
         ({"device": "gpu"}, "device='gpu' is no device: give cpu, cuda"),
         ({"dtype": "fp16"}, "dtype='fp16': give fp32 or bf16"),
-        ({"transform": "none"}, "transform='none': give one of clip, imagenet, vit"),
+        ({"transform": "none"}, "unknown image transform 'none': choose 'clip'"),
         ({"answers": ["yes"]}, "answers=the list: 1 answers, the model has 6"),
         ({"answers": "nowhere.json"}, "cannot read nowhere.json"),
         ({"tokenizer": "./nowhere"}, "'./nowhere' does not exist"),

@@ -50,7 +50,7 @@ def test_one_picture(export, predictor, paths, capsys):
     shown = capsys.readouterr()
     (one, p), (two, q) = predictor.answer(paths[0], "is it red ?", 2)
     assert shown.out == f"{paths[0]}\tis it red ?\t{one} {p:.4f}, {two} {q:.4f}\n"
-    assert shown.err.startswith("1 rows in ") and "failed" not in shown.err
+    assert shown.err.startswith("1 row in ") and "failed" not in shown.err
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -182,7 +182,7 @@ def test_all_rows_failed_is_an_error_and_the_file_says_why(export, tmp_path, cap
 
 def test_cut_texts_are_told(export, paths, capsys):
     assert run(export, "match", paths[0], "--text", "red " * 40) == 0
-    assert "1 texts were cut" in capsys.readouterr().err
+    assert "1 text not read to the end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

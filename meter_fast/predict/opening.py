@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from meter_fast import export_folder, load_model
+from meter_fast.convert import TOKENIZER_OF
 from meter_fast.data.answers import Answers, read_answers
 from meter_fast.data.images import ImageTransform, image_transform
 from meter_fast.data.tokenizer import load_tokenizer
@@ -21,7 +22,6 @@ from meter_fast.predict.encoded import MAX_TEXT_LENGTH
 from meter_fast.predict.predictor import Predictor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TRANSFORMS = ("clip", "imagenet", "vit")
 
 
 def open_predictor(
@@ -68,11 +68,9 @@ def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 def _tokenizer(path: Path, folder: Path | None, given: str | PathLike[str] | None, config: ModelConfig):
     if given is None:
         if folder is None or not (folder / TOKENIZER).is_dir():
-            hub = {"roberta": "roberta-base", "bert": "bert-base-uncased"}.get(config.text.name, "its hub name")
-            raise ValueError(
-                f"{path} has no tokenizer with it: give tokenizer=, a folder or hub name; published models with "
-                f"text.name={config.text.name} were trained with {hub}"
-            )
+            hub = TOKENIZER_OF.get(config.text.name)
+            example = f", for published models {hub}" if hub else ""
+            raise ValueError(f"{path} has no tokenizer with it: give tokenizer=, a folder or hub name{example}")
         given = folder / TOKENIZER
     tokenizer = load_tokenizer(given)
     if len(tokenizer) > config.text.vocab_size:
@@ -91,11 +89,9 @@ def _transform(name: str | None, config: ModelConfig) -> ImageTransform:
         if len(known) != 1:
             raise ValueError(
                 f"encoders of the kind vision.name={vision.name} were trained on different pixel values: give "
-                f"transform=, one of {', '.join(TRANSFORMS)} (data.transform of the run)"
+                "transform=, clip, imagenet or vit (data.transform of the run)"
             )
         name = known.pop()
-    if name not in TRANSFORMS:
-        raise ValueError(f"transform={name!r}: give one of {', '.join(TRANSFORMS)}")
     return image_transform(name, vision.image_size)
 
 

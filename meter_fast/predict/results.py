@@ -77,17 +77,25 @@ def summary(
     """Lines for the end: how many rows, how fast, what failed and why. notes: warnings; others: files of a folder that
     are no pictures."""
     count, failed = len(results), causes.total()
-    lines = [f"{count:,} rows in {duration(seconds)}, {rate(count / max(seconds, 1e-9))} rows/s"]
+    lines = [f"{_count(count, 'row')} in {duration(seconds)}, {rate(count / max(seconds, 1e-9))} rows/s"]
     if failed:
         why = ", ".join(f"{cause} {number:,}" for cause, number in causes.most_common())
         lines.append(f"{failed:,} of them failed: {why}")
         errors = [result[ERROR] for result in results if result[ERROR]]
         lines += [f"  {error}" for error in errors[:SHOWN]] + _more(len(errors))
     if notes:
-        lines += [f"{len(notes):,} texts were cut:", *(f"  {note}" for note in notes[:SHOWN]), *_more(len(notes))]
+        lines += [
+            f"{_count(len(notes), 'text')} not read to the end:",
+            *(f"  {note}" for note in notes[:SHOWN]),
+            *_more(len(notes)),
+        ]
     if others:
         lines.append(f"{others:,} other files of the folder are no pictures by their names and were left out")
     return lines if out is None else [*lines, f"written to {out}"]
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _more(count: int) -> list[str]:
