@@ -36,7 +36,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
     predict.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="pictures, a folder, a .csv or a .jsonl")
     predict.add_argument("--text", action="append", default=[], metavar="TEXT", help="of all pictures; may be repeated")
     predict.add_argument("--out", type=Path, metavar="FILE", help="write a .csv or .jsonl (default: print)")
-    predict.add_argument("--k", type=int, default=5, metavar="N", help="answers, or fills of a mask (default 5)")
+    predict.add_argument("--k", type=int, metavar="N", help="answers, or fills of a mask (default 5)")
     predict.add_argument("--batch", type=int, default=32, metavar="N", help="pairs computed at a time (default 32)")
     predict.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     predict.add_argument("--dtype", metavar="NAME", help="fp32 or bf16 (default: fp32 on the CPU, bf16 on CUDA)")

@@ -6,14 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from predict_cases import ANSWERS, SIDE, config, draw, lively, make_export, make_writer, write_pictures
+from predict_cases import ANSWERS, CAPTIONS, SIDE, config, draw, lively, make_export, make_writer, write_pictures
 
 import meter_fast
+from meter_fast.data.text import TextPipeline
+from meter_fast.data.tokenizer import train_tokenizer
 from meter_fast.interop import to_meter
 from meter_fast.models.config import FusionConfig, ModelConfig, TextConfig
 from meter_fast.models.meter import Meter
 from meter_fast.predict.encoded import caption as write_captions
 from meter_fast.predict.opening import _transform
+from meter_fast.predict.texts import encode_masked, filled
 
 QUESTIONS = ["is it red ?", "is the large circle left of two small blue squares ?", "two ?"]
 
@@ -243,6 +246,17 @@ def test_a_long_text_is_cut_with_a_warning(predictor, paths):
 def test_special_tokens_in_a_question_are_text(predictor):
     ids = predictor._text.encode(["[SEP] red"])[0]
     assert ids.count(predictor.tokenizer.sep_token_id) == 1
+
+
+def test_white_space_before_a_mask_belongs_to_the_word(tmp_path):
+    """As RoBERTa's tokens do, whatever the tokenizer says of its mask."""
+    tokenizer = train_tokenizer(CAPTIONS, tmp_path, "roberta", 300)
+    inner = [tokenizer(text)["input_ids"][1:-1] for text in ("a", " circle on")]
+    ids, places = encode_masked(TextPipeline(tokenizer, 32), "a <mask> circle on <mask>")
+    mask = [tokenizer.mask_token_id]
+    assert ids == [tokenizer.cls_token_id, *inner[0], *mask, *inner[1], *mask, tokenizer.sep_token_id]
+    assert [ids[place] for place in places] == mask * 2 and len(places) == 2
+    assert filled(tokenizer, "a <mask> circle on <mask>", ["red", "white"]) == "a red circle on white"
 
 
 # --------------------------------------------------------------------------------------------------------- opening

@@ -122,6 +122,10 @@ def test_rank(export, predictor, paths, tmp_path):
     table.write_text("image,text\npictures/1.png,two\npictures/3.png,blue\n,red\n")
     assert run(export, "rank", table, "--out", out) == 0
     assert [bool(row["error"]) for row in read(out)] == [False] * 4 + [True]
+    table = tmp_path / "both.jsonl"
+    table.write_text('{"image": ["odd"], "text": "two"}\n{"image": "pictures/1.png", "text": "two"}\n')
+    assert run(export, "rank", table, "--out", out) == 0
+    assert sorted(bool(row["error"]) for row in read(out)) == [False, True]
 
 
 def test_captions(paths, tmp_path, tmp_path_factory, capsys):
@@ -198,6 +202,7 @@ def test_cut_texts_are_told(export, paths, capsys):
         (["{model}", "match", "{pic}", "--text", ""], "a text is '': empty text"),
         (["{model}", "answer", "{pic}", "--text", "a", "--k", "9"], "k=9: give 1 to 6, the answers"),
         (["{model}", "answer", "{pic}", "--text", "a", "--k", "0"], "--k 0: give 1 or more"),
+        (["{model}", "match", "{pic}", "--text", "a", "--k", "3"], "--k 3 has no meaning for match"),
         (["{model}", "compare", "{pic}", "--text", "a"], "compare takes two pictures, or a table with"),
         (["{model}", "compare", "{table}"], "table.csv has no column image_a: it has image, question (its first line"),
         (["{model}", "match", "{table}"], "table.csv has no column text: it has image, question"),

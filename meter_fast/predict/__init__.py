@@ -3,10 +3,10 @@
 predictor   a user's calls: answer, match, rank, fill, entails, compare, caption
 opening     model, tokenizer, transform and answers of a path, put together
 pictures    a picture in any form -> pixels
-engine      batches of requests -> scores, each picture encoded once
+texts       a text -> token ids
+engine      requests -> scores, each picture encoded once
 encoded     fills, matches, captions and attention of encoded pictures
-requests    the shell's input: pictures, folders and tables -> rows
-command     rows -> results, with progress, and the file of them
+command     the shell: `rows` in, `results` out, `progress` meanwhile
 """
 
 from meter_fast.predict.encoded import (

@@ -29,8 +29,7 @@ def predict(arguments: Namespace) -> int:
     check_out(out, arguments.input)
     rows, others = read_rows(arguments.input, task, arguments.text)
     check_columns(rows, task, arguments.input[0])
-    if arguments.k < 1:
-        raise ValueError(f"--k {arguments.k}: give 1 or more")
+    k = check_k(arguments.k, task)
     predictor = meter_fast.load(
         arguments.model, tokenizer=arguments.tokenizer, transform=arguments.transform, answers=arguments.answers,
         device=arguments.device, dtype=arguments.dtype, batch=arguments.batch,
@@ -40,7 +39,7 @@ def predict(arguments: Namespace) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TextCut)
         try:
-            results, causes = predict_rows(predictor, task, rows, arguments.k, progress)
+            results, causes = predict_rows(predictor, task, rows, k, progress)
         finally:
             progress.close()
     if task == "rank":
@@ -64,6 +63,15 @@ def check_out(out: Path | None, inputs: Sequence[Path]) -> None:
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist: make it first")
     if out.is_dir() or any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
         raise ValueError(f"--out {out} is a folder or the input itself: give another name")
+
+
+def check_k(k: int | None, task: str) -> int:
+    """How many answers or fills are asked for. Raises ValueError for a wrong number, or where there is only one."""
+    if k is not None and task not in ("answer", "fill"):
+        raise ValueError(f"--k {k} has no meaning for {task}: it goes with answer and fill")
+    if k is not None and k < 1:
+        raise ValueError(f"--k {k}: give 1 or more")
+    return 5 if k is None else k
 
 
 def check_columns(rows: Sequence[Row], task: str, path: Path) -> None:

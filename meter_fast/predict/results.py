@@ -66,9 +66,9 @@ def _scored(scored: Sequence[Sequence]) -> str:
 
 def in_order_of_rank(results: Sequence[Result]) -> list[Result]:
     """The texts of each picture, best first; pictures in the order in which they came, failures behind."""
-    place = {name: n for n, name in enumerate(dict.fromkeys(result.get("image") for result in results))}
+    place = {name: n for n, name in enumerate(dict.fromkeys(str(result.get("image")) for result in results))}
     last = len(results) + 1
-    return sorted(results, key=lambda result: (place[result.get("image")], result.get("text_rank", last)))
+    return sorted(results, key=lambda result: (place[str(result.get("image"))], result.get("text_rank", last)))
 
 
 def summary(
