@@ -231,7 +231,7 @@ def main() -> None:
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     rows = []
     heads = "".join(f"{form + ' ' + metric:>14}" for form in ("plain", "fast") for metric in ("p50", "p95", "cpu_p50"))
-    print(f"{'ms':<48}{heads}{'plain / fast':>14}", flush=True)
+    print(f"{'ms':<48}{heads}{'plain / fast':>14}{'cpu':>8}", flush=True)
     for writes, tasks in ((False, set(HEADS) - {"caption"}), (True, {"caption"})):
         chosen = [task for task in arguments.task if task in tasks]
         if not chosen:
@@ -249,8 +249,8 @@ def main() -> None:
                 for form, values in found.items():
                     rows += [dict(case=case, variant=form, metric=m, value=v, unit="ms") for m, v in values.items()]
                 shown = "".join(f"{value:>14.1f}" for values in found.values() for value in values.values())
-                ratio = found["plain"]["p50"] / found["fast"]["p50"]
-                print(f"{case:<48}{shown}{ratio:>13.2f}x", flush=True)
+                ratio, cpu = (found["plain"][m] / found["fast"][m] for m in ("p50", "cpu_p50"))
+                print(f"{case:<48}{shown}{ratio:>13.2f}x{cpu:>7.2f}x", flush=True)
     print(f"rows added to {append('latency', rows)}")
 
 
