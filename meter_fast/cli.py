@@ -199,7 +199,8 @@ def convert_model(arguments: argparse.Namespace) -> None:
         arguments.fusion_heads,
     )
     print(report)
-    print(f"{arguments.out}: open it with meter_fast.load({str(arguments.out)!r})")
+    needed = "" if arguments.tokenizer else ", tokenizer=NAME"
+    print(f"{arguments.out}: open it with meter_fast.load({str(arguments.out)!r}{needed})")
 
 
 if __name__ == "__main__":
