@@ -1,4 +1,4 @@
-"""The command `meter-fast`: draw data, train on one process, score, report, convert.
+"""The command `meter-fast`: draw data, train on one process, score, report, predict, convert.
 
 Knows arguments and messages; each command is carried out elsewhere, and heavy libraries are loaded inside it, so that
 `--help` answers at once. A wrong argument ends with one line and exit code 2.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import meter_fast
 from meter_fast.cli_data import add_parsers as add_data_parsers
+from meter_fast.cli_predict import add_predict
 
 EXIT_WRONG_INPUT = 2
 
@@ -63,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--split", default="test", choices=["val", "test"], help="default test")
     report.add_argument("--pictures", type=int, default=500, metavar="N", help="score N pictures at most (default 500)")
     report.set_defaults(run=report_run)
+
+    add_predict(commands)
 
     convert = commands.add_parser("convert", help="published METER checkpoint to export folder, or back")
     convert.add_argument("source", metavar="SRC", type=Path, help=".ckpt file, or export folder or run directory")
@@ -208,7 +211,8 @@ def convert_model(arguments: argparse.Namespace) -> None:
         arguments.fusion_heads,
     )
     print(report)
-    print(f"{arguments.out}: open it with meter_fast.load({str(arguments.out)!r})")
+    needed = "" if arguments.tokenizer else ", tokenizer=NAME"
+    print(f"{arguments.out}: open it with meter_fast.load({str(arguments.out)!r}{needed})")
 
 
 if __name__ == "__main__":

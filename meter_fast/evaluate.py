@@ -91,7 +91,7 @@ def evaluate_split(
         return evaluate_questions(path, settings, pairs, device)
     if task in TASKS:
         return evaluate_statements(path, task, settings, pairs, device)
-    model = meter_fast.load(path)
+    model = meter_fast.load_model(path)
     config = override(_settings_of(path, task), settings)
     data, objectives = config.data, config.objectives
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,7 +162,7 @@ def evaluate_statements(path: Path, task: str, settings: Sequence[str], limit: i
 
 def _tuned(path: Path, task: str) -> Meter:
     """The model, which has the head of a task. Raises ValueError where it has not."""
-    model, head = meter_fast.load(path), OBJECTIVES[task].HEAD
+    model, head = meter_fast.load_model(path), OBJECTIVES[task].HEAD
     if getattr(model, head) is None:
         start = path / "export" if (path / "export").is_dir() else path
         raise ValueError(f"{path} was not trained on {task} (it has no {head}): fine-tune it first, "

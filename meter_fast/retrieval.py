@@ -107,11 +107,12 @@ def encode_texts(model: Meter, ids: Sequence[Sequence[int]], batch: int = PAIRS_
 
 @torch.inference_mode()
 def match_scores(model: Meter, image: Tensor, texts: Sequence[EncodedTexts], batch: int = PAIRS_PER_BATCH) -> Tensor:
-    """image [P,V,D] encoded pictures -> [P,T] float32 on the host: the log-odds that the ITM head gives each pair.
+    """image [P,V,D] encoded pictures -> [P,T] float32 on the host: how well each pair fits.
 
-    They rank pairs as the probability of a match does, without the ties of probabilities that round to 1. (The
-    published loop ranks by the score of class 1 alone; that of class 0, its mirror image but for how both started, is
-    taken off here.)
+    It is what the ranking head says, in a model that has one; else the log-odds that the ITM head gives. These rank
+    pairs as the probability of a match does, without the ties of probabilities that round to 1. (Without a ranking head
+    the published loop ranks by the score of class 1 alone; that of class 0, its mirror image but for how both started,
+    is taken off here.)
     """
     scores = torch.empty(len(image), sum(len(part.columns) for part in texts))
     for part in texts:
@@ -121,11 +122,17 @@ def match_scores(model: Meter, image: Tensor, texts: Sequence[EncodedTexts], bat
             pictures = torch.arange(len(some), device=image.device).repeat_interleave(count)
             text, mask = part.features.repeat(len(some), 1, 1), part.mask.repeat(len(some), 1)
             (fused,) = model.fuse_parts(text, some, mask, (Part(Need.CLS, len(pictures), pictures),))
-            logits = model.itm_head(fused.cls).float()
-            odds = (logits[:, MATCH] - logits[:, 1 - MATCH]).view(len(some), count)
-            scores[first : first + len(some), part.columns] = odds.cpu()
+            scores[first : first + len(some), part.columns] = _fit(model, fused.cls).view(len(some), count).cpu()
             first += len(some)
     return scores
+
+
+def _fit(model: Meter, cls: Tensor) -> Tensor:
+    """cls [B,2D] -> [B] float32."""
+    if model.rank_head is not None:
+        return model.rank_head(cls)[:, 0].float()
+    logits = model.itm_head(cls).float()
+    return logits[:, MATCH] - logits[:, 1 - MATCH]
 
 
 @dataclass(frozen=True)
@@ -266,7 +273,7 @@ def evaluate_retrieval(
     something is missing or does not fit.
     """
     path = Path(model_path)
-    model = meter_fast.load(path)
+    model = meter_fast.load_model(path)
     config = override(_settings_of(path), settings)
     data = config.data
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

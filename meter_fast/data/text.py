@@ -66,6 +66,11 @@ class TextPipeline:
         limit = CHARACTERS_PER_TOKEN * self.max_length
         return [encoding.ids for encoding in self._encoder.encode_batch([text[:limit] for text in texts])]
 
+    def cuts(self, text: str) -> bool:
+        """Whether `encode` leaves out the end of a checked caption."""
+        beyond = len(text) > CHARACTERS_PER_TOKEN * self.max_length
+        return beyond or bool(self._encoder.encode(text).overflowing)
+
     def mask(self, ids: Sequence[int], generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Hide tokens of one text: ids [n] -> (masked ids [n], positions [m], labels [m] = ids[positions]), all int64.
 

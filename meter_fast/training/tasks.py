@@ -54,7 +54,8 @@ def joint_loss(model: Meter, config: RunConfig) -> JointLoss:
 def write_meter(config: RunConfig, folder: Path, tensors: Mapping[str, Tensor], pairs: Pairs) -> None:
     """The export folder."""
     names = pairs.answers.text() if pairs.answers is not None else None
-    save_export(Meter(config.model, load_weights=False), folder, pairs.tokenizer_folder, tensors, names)
+    inputs = {"transform": config.data.transform, "max_text_length": config.data.max_text_length}
+    save_export(Meter(config.model, load_weights=False), folder, pairs.tokenizer_folder, tensors, names, inputs)
 
 
 @dataclass(frozen=True)

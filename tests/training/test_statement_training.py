@@ -137,7 +137,7 @@ def test_from_a_pre_trained_model_and_on_to_the_other_task(
         assert scores[task]["all"]["count"] == last["count"] == 20
         with pytest.raises(ValueError, match=rf"not trained on {task}.*train {task} run.init={pretrained}/export"):
             evaluate_split(pretrained, task, [f"data.root={said}"])
-    before, one, other = (meter_fast.load(run) for run in (pretrained, *runs.values()))
+    before, one, other = (meter_fast.load_model(run) for run in (pretrained, *runs.values()))
     types = before.fusion.token_types.weight
     assert torch.equal(one.fusion.token_types.weight, types[[0, 1, 1]])  # the learning rate is 0
     assert torch.equal(other.fusion.token_types.weight, types)

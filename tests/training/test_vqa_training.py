@@ -121,7 +121,7 @@ def test_from_a_pre_trained_model_to_answers(ranks: RankServer, vqa_data: Path, 
         "held out at step 6: vqa loss", f"meter-fast evaluate {run} vqa",
     ):  # fmt: skip
         assert part in ended.logs[0], (part, ended.logs[0])
-    model, before = meter_fast.load(run), meter_fast.load(pretrained)
+    model, before = meter_fast.load_model(run), meter_fast.load_model(pretrained)
     assert json.loads((run / "export" / "answers.json").read_text()) == ANSWERS
     assert (run / "best" / "answers.json").is_file()
     assert model.config.vqa_answers == 4 and model.mlm_head is None
