@@ -70,12 +70,10 @@ def place_of(model: Meter) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def cls_of(
-    model: Meter, text: Tensor, image: Tensor, mask: Tensor, images: Tensor | None = None, image_type: int = 1
-) -> Tensor:
+def cls_of(model: Meter, text: Tensor, image: Tensor, mask: Tensor, images: Tensor, image_type: int = 1) -> Tensor:
     """Encoded text [B,L,E] and pictures [N,V,D] -> cls [B,2D] ([B,D] of a decoder), which classifying heads read.
 
-    images [B] int64: the picture of each text; None: text i goes with picture i. image_type: as for `Meter.fuse`.
+    images [B] int64: the picture of each text. image_type: as for `Meter.fuse`.
     """
     (fused,) = model.fuse_parts(text, image, mask, (Part(Need.CLS, len(text), images, image_type),))
     return fused.cls
@@ -92,9 +90,12 @@ def hidden_logits(
 ) -> Tensor:
     """Encoded text [B,L,E] and pictures [N,V,D] -> logits [M,S] of the tokens at (rows, columns) [M] int64 each.
 
-    images: as for `cls_of`.
+    images: as for `cls_of`; None: text i goes with picture i.
     """
-    (fused,) = model.fuse_parts(text, image, mask, (Part(Need.TEXT, len(text), images),))
+    if images is None:
+        fused = model.fuse(text, image, mask, need=Need.TEXT)
+    else:
+        (fused,) = model.fuse_parts(text, image, mask, (Part(Need.TEXT, len(text), images),))
     return model.mlm_head(fused.text[rows, columns])
 
 
@@ -128,7 +129,8 @@ def match(model: Meter, tokenizer, image: Tensor, captions: Sequence[str], max_l
     device, _ = place_of(model)
     rows = tokenizer(list(captions), truncation=True, max_length=max_length)["input_ids"]
     ids, mask = pad(rows, tokenizer.pad_token_id, device)
-    return model.itm_head(cls_of(model, model.encode_text(ids, mask), image, mask)).float().softmax(-1)[:, MATCH]
+    fused = model.fuse(model.encode_text(ids, mask), image, mask, need=Need.CLS)
+    return model.itm_head(fused.cls).float().softmax(-1)[:, MATCH]
 
 
 @torch.inference_mode()
