@@ -4,7 +4,8 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from meter_fast.data.text import BadCaption, TextPipeline, check_caption
+from meter_fast.data.caption_check import BadCaption, check_caption
+from meter_fast.data.text import TextPipeline
 
 MASK = "<mask>"  # how a text says what is to be filled in, whatever the tokenizer calls it
 
