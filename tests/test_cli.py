@@ -37,7 +37,9 @@ def test_commands_and_options_are_these():
         "data": [],
         "data scenes": ["out", "--train", "--val", "--test", "--seed"],
         "train": ["recipe", "settings"],
-        "evaluate": ["model", "task", "settings", "--pairs", "--pictures", "--json"],
+        "evaluate": [
+            *("model", "task", "settings", "--pairs", "--pictures", "--beams", "--captions", "--submission", "--json"),
+        ],
         "report": ["model", "settings", "--split", "--pictures"],
         "convert": ["source", "out", "--tokenizer", "--image-size", "--text-heads", "--fusion-heads"],
     }

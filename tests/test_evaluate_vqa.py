@@ -146,7 +146,10 @@ def test_command_line(scenes, scene_tokenizer, vqa_model, answers, vqa_run, tmp_
     ("command", "said"),
     [
         (["evaluate", "{run}", "pretrain"], "is a run of vqa, not of pretrain: meter-fast evaluate {run} vqa"),
-        (["evaluate", "{run}/export", "pretrain", "data.val_sources=coco"], "model.mlm_head=true"),
+        (
+            ["evaluate", "{run}/export", "pretrain", "data.val_sources=coco"],
+            "evaluate {run}/export vqa or objectives.names=",
+        ),
         (["evaluate", "{run}", "vqa", "data.val_sources=arrow:vqav2_test"], "no question of this split has an answer"),
         (["evaluate", "{run}", "vqa", "data.val_sources="], "name held-out questions"),
         (["evaluate", "{run}", "vqa", "data.val_sources=arrow:absent"], "no table absent.arrow"),
