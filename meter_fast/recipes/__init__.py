@@ -9,11 +9,17 @@ import typing
 from collections.abc import Callable, Sequence
 
 from meter_fast.config import ConfigError, RunConfig, override
+from meter_fast.recipes.caption import caption
 from meter_fast.recipes.image_tokenizer import image_tokenizer
 from meter_fast.recipes.pretrain import pretrain
 from meter_fast.recipes.vqa import vqa
 
-RECIPES: dict[str, Callable[..., RunConfig]] = {"pretrain": pretrain, "vqa": vqa, "image_tokenizer": image_tokenizer}
+RECIPES: dict[str, Callable[..., RunConfig]] = {
+    "pretrain": pretrain,
+    "vqa": vqa,
+    "caption": caption,
+    "image_tokenizer": image_tokenizer,
+}
 
 
 def resolve(argv: Sequence[str]) -> RunConfig:
