@@ -54,11 +54,11 @@ def evaluate_captions(
     captions-SPLIT.json beside the model. world: the processes that do it together; the file is the same whatever their
     number, and the main one writes it.
 
-    Returns {"caption": `caption_scores`, "exchanged": the same against another picture's references, "chance" of
-    neither: the scores have none; both absent where pycocoevalcap is; "tokenizer", "captions": {"file", "pictures",
-    "filled", "numbered"}, "beams", "split", "tables", "pictures", "skipped"} and `evaluate.facts`. filled: pictures
-    that could not be read; numbered: whether image_id is a running number, as the tables name no COCO picture. Raises
-    ValueError.
+    Returns {"caption": `caption_scores`, "exchanged": the same against another picture's references, "tokenizer": how
+    words were told apart for both (all three are left out where pycocoevalcap is not installed), "captions": {"file",
+    "pictures", "filled", "numbered"}, "beams", "split", "tables", "pictures", "skipped"} and `evaluate.facts`. filled:
+    pictures that could not be read; numbered: whether image_id is a running number, as the tables name no COCO picture.
+    Raises ValueError.
     """
     path, world = Path(model_path), world or alone(device or here())
     rows, opened = world.each(lambda: _write_captions(path, settings, pictures, beams, file, world))

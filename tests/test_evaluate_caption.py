@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import torch
 from fine_tuned import damaged_table, write_caption_run
-from scene_run import make_run
 
 import meter_fast
 from meter_fast.cli import main
@@ -134,32 +133,6 @@ def test_all_captions_of_a_picture_are_its_references(named: Path) -> None:
 )
 def test_which_pictures(data: dict, settings: list[str], expected: tuple) -> None:
     assert captioned_names(DataConfig(**data), settings) == expected
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (["{run}", "caption", "--beams", "0"], "--beams 0: give 1 or more"),
-        (["{run}", "caption", "--pairs", "5"], "--pairs goes with the task pretrain or vqa, not with caption"),
-        (["{run}", "caption", "--captions", "{tmp}/absent/c.json"], "there is no folder"),
-        (["{run}", "caption", "data.root={tmp}/absent"], "is not a folder"),
-        (["{run}", "vqa"], "answers no questions"),
-        (["{run}/export", "pretrain"], "was not trained on mlm, itm (no mlm_head): meter-fast evaluate {run}/export"),
-        (["{plain}", "caption"], "{plain} writes no captions: it has no decoder (fusion=encoder_decoder)"),
-        (["{spans}", "caption"], "{spans} writes no captions: it was trained on objectives.names=span_denoising,itm"),
-    ],
-)
-def test_refusals(run: Path, scenes: Path, scene_model, tmp_path: Path, capsys, command, said) -> None:
-    plain = make_run(tmp_path / "plain", scenes, scene_model)
-    spans = write_caption_run(tmp_path / "spans", scenes)
-    config = json.loads((spans / "config.json").read_text())
-    config["objectives"]["names"] = ["span_denoising", "itm"]
-    (spans / "config.json").write_text(json.dumps(config))
-    capsys.readouterr()
-    places = {"run": run, "tmp": tmp_path, "plain": plain, "spans": spans}
-    assert main(["evaluate", *(word.format(**places) for word in command)]) == 2
-    error = capsys.readouterr().err
-    assert said.format(**places) in error and error.count("\n") == 1
 
 
 def test_recipe() -> None:

@@ -1,5 +1,6 @@
 """`meter-fast evaluate` with wrong paths, models and data: one line that says what to do, and exit code 2."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,16 @@ def places(scenes: Path, scene_model, scene_tokenizer, tmp_path_factory: pytest.
     (tmp / "empty").mkdir()
     (tmp / "text.ckpt").write_text("no checkpoint")
     (tmp / "broken.json").write_text("{")
+    spans = write_caption_run(tmp / "spans", scenes)
+    config = json.loads((spans / "config.json").read_text())
+    config["objectives"]["names"] = ["span_denoising", "itm"]
+    (spans / "config.json").write_text(json.dumps(config))
     return {
         "tmp": tmp,
         "data": scenes,
         "pairs": make_run(tmp / "pairs", scenes, scene_model),
         "vqa": vqa,
+        "spans": spans,
         "caption": write_caption_run(tmp / "caption", scenes),
     }
 
@@ -37,7 +43,8 @@ COMMANDS = [
     *([["{tmp}/text.ckpt", task], "text.ckpt"] for task in TASKS),
     # a model of another task
     [["{pairs}", "vqa"], "answers no questions (it has no vqa_head): fine-tune it first, meter-fast train vqa"],
-    [["{pairs}", "caption"], "writes no captions: it has no decoder"],
+    [["{pairs}", "caption"], "{pairs} writes no captions: it has no decoder (fusion=encoder_decoder). Fine-tune"],
+    [["{spans}", "caption"], "{spans} writes no captions: it was trained on objectives.names=span_denoising,itm. Fine"],
     [["{vqa}", "pretrain"], "is a run of vqa, not of pretrain: meter-fast evaluate {vqa} vqa"],
     [["{vqa}", "caption"], "is a run of vqa, not of caption: meter-fast evaluate {vqa} vqa"],
     [["{caption}", "vqa"], "answers no questions"],
@@ -67,6 +74,10 @@ COMMANDS = [
     [["{pairs}", "pretrain", "--submission", "{tmp}/a.json"], "--submission goes with the task vqa, not with pretrain"],
     [["{vqa}", "vqa", "--captions", "{tmp}/a.json"], "--captions goes with the task caption, not with vqa"],
     [["{vqa}", "vqa", "--json", "{tmp}/absent/a.json"], "there is no folder {tmp}/absent"],
+    [["{caption}", "caption", "--captions", "{tmp}/absent/c.json"], "there is no folder {tmp}/absent"],
+    [["{caption}", "caption", "--captions", "{tmp}"], "{tmp} is a folder: name a file"],
+    [["{caption}", "caption", "--beams", "0"], "--beams 0: give 1 or more"],
+    [["{caption}", "caption", "--pairs", "5"], "--pairs goes with the task pretrain or vqa, not with caption"],
     [["{pairs}", "pretrain", "--pairs", "1"], "--pairs 1: give 2 or more"],
 ]
 
