@@ -152,7 +152,7 @@ def facts(path: Path, task: str, world: World) -> dict:
 
 def _evaluate_pairs(path: Path, settings: Sequence[str], limit: int | None, world: World) -> dict:
     """`evaluate_split` for the objectives of pre-training."""
-    own, facts = world.each(lambda: _score_pairs(path, settings, limit, world))
+    own, told = world.each(lambda: _score_pairs(path, settings, limit, world))
     shared = world.share({name: rows.tolist() for name, rows in own.items()})
     names = list(dict.fromkeys(name for rows in shared for name in rows))
     if not names:
@@ -160,7 +160,7 @@ def _evaluate_pairs(path: Path, settings: Sequence[str], limit: int | None, worl
     columns = {name: zip(*(row for rows in shared for row in rows.get(name, ())), strict=True) for name in names}
     # Sums that are rounded once do not depend on which process gave what.
     scores = {name: _means([math.fsum(column) for column in columns[name]]) for name in names}
-    return {**scores, **facts, "skipped": skipped_by_all(world, facts["skipped"])}
+    return {**scores, **told, "skipped": skipped_by_all(world, told["skipped"])}
 
 
 def _score_pairs(path: Path, settings: Sequence[str], limit: int | None, world: World) -> tuple[dict, dict]:

@@ -39,13 +39,14 @@ def evaluate_questions(
     if submission is not None and limit is not None:
         raise ValueError("a submission has every question of the split: leave out --pairs")
     # Nothing in here waits for other processes: one that fails takes all along.
-    asked, facts, finish = world.each(lambda: _ask_questions(path, settings, limit, world, submission))
+    asked, told, finish = world.each(lambda: _ask_questions(path, settings, limit, world, submission))
     asked = sorted(Asked(*row) for rows in world.share(asked) for row in rows)
-    scores = {} if submission is not None and not answered(asked) else {"vqa": summary(asked)}
-    facts = {**facts, "skipped": skipped_by_all(world, facts["skipped"])}
+    unknown = submission is not None and bool(asked) and not answered(asked)
+    scores = {} if unknown else {"vqa": summary(asked)}
+    told["skipped"] = skipped_by_all(world, told["skipped"])
     if submission is not None:
-        facts["submission"] = world.together(lambda: finish(asked))
-    return {**scores, **facts}
+        told["submission"] = world.together(lambda: finish(asked))
+    return {**scores, **told}
 
 
 def _ask_questions(
