@@ -11,10 +11,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import meter_fast
 from meter_fast.cli_data import add_parsers as add_data_parsers
 from meter_fast.cli_predict import add_predict
+
+if TYPE_CHECKING:
+    from meter_fast.training.world import World
 
 EXIT_WRONG_INPUT = 2
 
@@ -46,15 +50,18 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "task",
-        choices=["pretrain", "vqa", "nlvr2", "snli_ve", "retrieval"],
+        choices=["pretrain", "vqa", "nlvr2", "snli_ve", "caption", "retrieval"],
         metavar="TASK",
-        help="pretrain, vqa, nlvr2, snli_ve or retrieval",
+        help="pretrain, vqa, nlvr2, snli_ve, caption or retrieval",
     )
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA data.val_split=test"
     )
     evaluate.add_argument("--pairs", type=int, metavar="N", help="score N pairs (default: all)")
-    evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval: among N pictures (default: all)")
+    evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval, caption: N pictures (default: all)")
+    evaluate.add_argument("--beams", type=int, metavar="N", help="caption: width of the search (default 1, greedy)")
+    evaluate.add_argument("--captions", type=Path, metavar="FILE", help="caption: the official results file")
+    evaluate.add_argument("--submission", type=Path, metavar="FILE", help="vqa: the evaluation server's file")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     evaluate.set_defaults(run=evaluate_model)
 
@@ -77,15 +84,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out a command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
+    """Carry out a command line; returns the exit code. world: the processes that do it together, where they are more
+    than this one (`evaluate`)."""
     arguments = parser().parse_args(argv)
+    arguments.world = world
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
         if arguments.traceback:
             raise
-        print(f"meter-fast {arguments.command}: {error}", file=sys.stderr)
+        who = f" (process {world.rank})" if world is not None and not world.is_main else ""
+        print(f"meter-fast {arguments.command}{who}: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
 
 
@@ -122,40 +132,55 @@ def run_training(arguments: argparse.Namespace) -> int | None:
     return code
 
 
-def evaluate_model(arguments: argparse.Namespace) -> None:
-    if (arguments.pairs if arguments.task == "retrieval" else arguments.pictures) is not None:
-        raise ValueError("--pictures goes with the task retrieval, --pairs with the others")
-    if arguments.task == "retrieval":
-        return evaluate_recall(arguments)
-    from meter_fast.evaluate import evaluate_split
+# Options of `evaluate` that only some tasks have.
+TASK_OPTIONS = {
+    "pairs": ("pretrain", "vqa", "nlvr2", "snli_ve"),
+    "pictures": ("retrieval", "caption"),
+    "beams": ("caption",),
+    "captions": ("caption",),
+    "submission": ("vqa",),
+}
 
-    if arguments.pairs is not None and arguments.pairs < 2:
-        raise ValueError(f"--pairs {arguments.pairs}: give 2 or more")
-    scores = evaluate_split(arguments.model, arguments.task, arguments.settings, arguments.pairs)
-    for objective, row in scores.items():
-        if isinstance(row, dict) and "accuracy" in row:
-            print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
-    for kind, row in scores.get("vqa", {}).items():
-        other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"
-        print(f"vqa {kind:<15}  score {100 * row['score']:.2f} %{other}  of {row['count']:,}")
-    for task in ("nlvr2", "snli_ve"):
-        for label, row in scores.get(task, {}).items():
-            other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"
-            chance = f"  chance {100 * row['chance']:.2f} %" if "chance" in row else ""
-            accuracy = f"accuracy {100 * row['accuracy']:.2f} %"
-            print(f"{task} {label:<13}  {accuracy}{other}{chance}  of {row['count']:,}")
-    nouns = {"vqa": "questions", "nlvr2": "statements", "snli_ve": "hypotheses"}
-    noun = next((noun for task, noun in nouns.items() if task in scores), "pairs")
-    print(f"split {scores['split']}, {scores['pairs']:,} {noun}, skipped {scores['skipped'] or 'none'}")
+
+def evaluate_model(arguments: argparse.Namespace) -> None:
+    task, world = arguments.task, arguments.world
+    for option, tasks in TASK_OPTIONS.items():
+        if getattr(arguments, option) is not None and task not in tasks:
+            raise ValueError(f"--{option} goes with the task {' or '.join(tasks)}, not with {task}")
+    for option, least in (("pairs", 2), ("pictures", 2), ("beams", 1)):
+        given = getattr(arguments, option)
+        if given is not None and given < least:
+            raise ValueError(f"--{option} {given}: give {least} or more")
+    from meter_fast.submission import check_place, write_json
+
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        check_place(arguments.json)
+    if task == "retrieval":
+        if world is not None and world.size > 1:
+            raise ValueError("retrieval takes one process: meter-fast evaluate MODEL retrieval")
+        return evaluate_recall(arguments)
+    if task == "caption":
+        from meter_fast.evaluate_caption import evaluate_captions, lines
+
+        scores = evaluate_captions(
+            arguments.model, arguments.settings, arguments.pictures, arguments.beams or 1, arguments.captions,
+            world=world,
+        )  # fmt: skip
+    else:
+        from meter_fast.evaluate import evaluate_split, lines
+
+        scores = evaluate_split(
+            arguments.model, task, arguments.settings, arguments.pairs, world=world, submission=arguments.submission
+        )
+    if world is None or world.is_main:
+        print("\n".join(lines(scores)))
+        if arguments.json is not None:
+            write_json(arguments.json, scores, indent=2)
 
 
 def evaluate_recall(arguments: argparse.Namespace) -> None:
     from meter_fast.retrieval import evaluate_retrieval, lines
 
-    if arguments.pictures is not None and arguments.pictures < 2:
-        raise ValueError(f"--pictures {arguments.pictures}: give 2 or more")
     scores = evaluate_retrieval(
         arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True)
     )

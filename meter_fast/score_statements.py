@@ -4,8 +4,11 @@ other pictures.
 Knows models, loaders of statements and names of labels. Knows nothing of runs or training.
 """
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,38 +21,55 @@ from meter_fast.objectives.joint import OBJECTIVES
 from meter_fast.objectives.reading import fuse_readings
 
 
-@torch.inference_mode()
+class Judged(NamedTuple):
+    """One statement and whether it was judged rightly, 0 or 1. sample: its number in the split; label: its own;
+    exchanged: the same by other pictures, None where the batch has no others."""
+
+    sample: int
+    label: int
+    right: float
+    exchanged: float | None
+
+
 def score_statements(
     model: Meter, batches: Iterable[StatementBatch], task: str, device: torch.device | str
 ) -> dict[str, dict[str, float]]:
-    """{"all": {"accuracy", "exchanged", "chance", "count"}, label: {...}} over the statements of all batches, on one
-    process.
+    """`summary` of `judge`."""
+    return summary(judge(model, batches, device, task), task)
 
-    task: "nlvr2" or "snli_ve". accuracy: share judged rightly, of a label: among the statements that have it.
-    exchanged: the same where each statement is judged by other pictures of its batch, none of them its own; over those
-    alone for which there are some, None where there are none. chance: share of the statements that always giving the
-    commonest label judges rightly ("all" only). Raises ValueError for no batch.
-    """
+
+@torch.inference_mode()
+def judge(model: Meter, batches: Iterable[StatementBatch], device: torch.device | str, task: str) -> list[Judged]:
+    """Every statement of the batches, on this process. task: "nlvr2" or "snli_ve"."""
     was_training = model.training
     model.eval()
-    own, other, labels = [], [], []
+    judged: list[Judged] = []
     try:
         for batch in batches:
-            right, exchanged = _right(model, batch.to(device), task)
-            own.append(right.cpu())
-            other.append(exchanged.cpu())
-            labels.append(batch.labels)
+            columns = (batch.sample_ids, batch.labels, *_right(model, batch.to(device), task))
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            judged += [Judged(*row[:3], None if math.isnan(row[3]) else row[3]) for row in rows]
     finally:
         model.train(was_training)
-    if not own:
+    return judged
+
+
+def summary(judged: Sequence[Judged], task: str) -> dict[str, dict[str, float]]:
+    """{"all": {"accuracy", "exchanged", "chance", "count"}, label: {...}} over statements.
+
+    accuracy: share judged rightly, of a label: among the statements that have it. exchanged: the same where each
+    statement is judged by other pictures of its batch, none of them its own; over those alone for which there are some,
+    None where there are none. chance: share of the statements that always giving the commonest label judges rightly
+    ("all" only). Raises ValueError for no statement.
+    """
+    if not judged:
         raise ValueError("evaluation: the split gave no batch")
-    right, exchanged, label = torch.cat(own), torch.cat(other), torch.cat(labels)
-    chance = label.bincount().max().item() / len(label)
-    result = {"all": {**_means(right, exchanged), "chance": chance}}
+    chance = max(Counter(one.label for one in judged).values()) / len(judged)
+    result = {"all": {**_means(judged), "chance": chance}}
     for number, name in enumerate(TASKS[task].labels):
-        chosen = label == number
-        if chosen.any():
-            result[name] = _means(right[chosen], exchanged[chosen])
+        chosen = [one for one in judged if one.label == number]
+        if chosen:
+            result[name] = _means(chosen)
     return result
 
 
@@ -68,10 +88,10 @@ def _right(model: Meter, batch: StatementBatch, task: str) -> tuple[Tensor, Tens
     return found[0], found[1].masked_fill(~there, float("nan"))
 
 
-def _means(right: Tensor, exchanged: Tensor) -> dict[str, float]:
-    other = exchanged[~exchanged.isnan()]
+def _means(judged: Sequence[Judged]) -> dict[str, float]:
+    other = [one.exchanged for one in judged if one.exchanged is not None]
     return {
-        "accuracy": right.mean().item(),
-        "exchanged": other.mean().item() if len(other) else None,
-        "count": len(right),
+        "accuracy": math.fsum(one.right for one in judged) / len(judged),
+        "exchanged": math.fsum(other) / len(other) if other else None,
+        "count": len(judged),
     }

@@ -42,7 +42,9 @@ def test_commands_and_options_are_these():
         ],
         "data check": ["root", "--names", "--decode", "--max-bad-share", "--json", "--workers"],
         "train": ["recipe", "settings"],
-        "evaluate": ["model", "task", "settings", "--pairs", "--pictures", "--json"],
+        "evaluate": [
+            *("model", "task", "settings", "--pairs", "--pictures", "--beams", "--captions", "--submission", "--json"),
+        ],
         "report": ["model", "settings", "--split", "--pictures"],
         "predict": [
             *("model", "task", "input", "--text", "--out", "--k", "--batch", "--device", "--dtype", "--tokenizer"),

@@ -192,6 +192,14 @@ class ArrowQuestions:
         name = f"{self.files[number].name} row {start + row} question {within}"
         return Question(batch.image[row], text, name, identity, answers, labels, scores)
 
+    def question_ids(self) -> np.ndarray:
+        """question_id of every question, [n] int64, in order. Raises TableError where one has none."""
+        found = [batch.ids.slice(int(batch.id_starts[0]), batch.count) for batch in self._batches]
+        if any(ids.null_count for ids in found):
+            raise TableError(f"{', '.join(map(str, self.files))}: some questions have no question_id; write it again")
+        every = np.concatenate([ids.to_numpy() for ids in found])
+        return np.delete(every, self._removed)
+
     def answer_names(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[str | None]]]:
         """Of each record batch: label [n] int64 and text [n] int64 of all answers, and the texts that the second number
         counts. For the label space; few texts are given very often."""

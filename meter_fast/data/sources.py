@@ -109,12 +109,23 @@ class Sources:
         """What each source reads from, in order."""
         return [source.pairs for source in self._sources]
 
+    @property
+    def files(self) -> list[str]:
+        """Names of all tables and shards, in order."""
+        return [file.name for table in self.tables for file in table.files]
+
     def read(self, index: int) -> Sample:
         """Sample `index`. Raises IndexError outside 0..len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect_right(self._first, index) - 1
         return self._sources[number].pairs.read(index - self._first[number])
+
+    def picture(self, index: int) -> tuple[str | int | None, list[str]]:
+        """Of the picture that sample `index` of captioned pictures shows: its name in the table, None where it has
+        none, and all its captions."""
+        number = bisect_right(self._first, index) - 1
+        return self._sources[number].pairs.picture(index - self._first[number])
 
     def image_ids(self, indices: np.ndarray) -> np.ndarray:
         """indices [n] int64 of samples -> [n] int64: which picture each shows, unique over all sources."""

@@ -1,8 +1,8 @@
 """Caption tables: Arrow IPC files with the columns that METER and ViLT write, memory-mapped.
 
-Knows the columns `image` (binary, the encoded file) and `caption` (list of strings), how captions are counted and
-de-duplicated, and how one pair is read. Knows nothing of data set names and splits (sources.py), of order, or of what
-an encoded picture holds.
+Knows the columns `image` (binary, the encoded file), `caption` (list of strings) and, if there is one, `image_id`; how
+captions are counted and de-duplicated, and how one pair is read. Knows nothing of data set names and splits
+(sources.py), of order, or of what an encoded picture holds.
 
 What is in memory per picture is one integer; captions and pictures stay in the page cache. A table that shrinks while
 it is mapped ends the process (SIGBUS): replace files by renaming a new one over them, never in place.
@@ -60,8 +60,9 @@ class BinaryColumn:
 class _Batch:
     """One record batch: the pictures, and for each its run of captions."""
 
-    def __init__(self, image: pa.Array, caption: pa.Array):
+    def __init__(self, image: pa.Array, caption: pa.Array, name: pa.Array | None):
         self.image = BinaryColumn(image)
+        self.name = name
         self.first = run_starts(caption)
         self.captions = caption.values
         self.text = BinaryColumn(self.captions)
@@ -193,17 +194,34 @@ class ArrowCaptions:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         place = int(self._places(np.int64(index)))
-        picture = int(np.searchsorted(self._first, self._first.dtype.type(place), side="right")) - 1
-        at = bisect_right(self._first_row, picture) - 1
-        batch, row = self._batches[at], picture - self._first_row[at]
-        number, start = self._where[at]
+        at, row, picture = self._row_of(place)
+        batch, (number, start) = self._batches[at], self._where[at]
         name = f"{self.files[number].name} row {start + row}"
         text = batch.text[int(batch.first[row]) + place - int(self._first[picture])]
-        return Sample(batch.image[row], text.tobytes().decode("utf-8", "surrogateescape"), name)
+        return Sample(batch.image[row], _decoded(text), name)
+
+    def picture(self, index: int) -> tuple[str | int | None, list[str]]:
+        """Of the picture of pair `index`: what the table's column image_id says, if there is one, and all captions,
+        repeated ones too."""
+        at, row, _ = self._row_of(int(self._places(np.int64(index))))
+        batch = self._batches[at]
+        name = None if batch.name is None else batch.name[row].as_py()
+        texts = [_decoded(batch.text[n]) for n in range(int(batch.first[row]), int(batch.first[row + 1]))]
+        return (name if isinstance(name, str | int) else None), texts
+
+    def _row_of(self, place: int) -> tuple[int, int, int]:
+        """The batch, the row in it, and the number of the picture that has the caption at `place`."""
+        picture = int(np.searchsorted(self._first, self._first.dtype.type(place), side="right")) - 1
+        at = bisect_right(self._first_row, picture) - 1
+        return at, picture - self._first_row[at], picture
 
     def _places(self, indices: np.ndarray) -> np.ndarray:
         """Numbers of kept captions -> their places among all captions."""
         return indices + np.searchsorted(self._kept_before, indices, side="right")
+
+
+def _decoded(text: np.ndarray) -> str:
+    return text.tobytes().decode("utf-8", "surrogateescape")
 
 
 def open_record_batches(
@@ -242,7 +260,8 @@ def _open_batches(file: Path) -> list[_Batch]:
     """The record batches of a caption table that hold rows, checked."""
     batches = []
     for number, table in enumerate(open_record_batches(file, _is_caption_table)):
-        batch = _Batch(table.column("image"), table.column("caption"))
+        named = "image_id" in table.schema.names
+        batch = _Batch(table.column("image"), table.column("caption"), table.column("image_id") if named else None)
         batch.check(f"{file}, record batch {number}")
         batches.append(batch)
     return batches

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 
 from meter_fast.config import ConfigError, RunConfig, override
+from meter_fast.recipes.caption import caption
 from meter_fast.recipes.image_tokenizer import image_tokenizer
 from meter_fast.recipes.nlvr2 import nlvr2
 from meter_fast.recipes.pretrain import pretrain
@@ -20,6 +21,7 @@ RECIPES: dict[str, Callable[..., RunConfig]] = {
     "vqa": vqa,
     "nlvr2": nlvr2,
     "snli_ve": snli_ve,
+    "caption": caption,
     "image_tokenizer": image_tokenizer,
 }
 

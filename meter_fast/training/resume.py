@@ -5,18 +5,14 @@ Knows the model, the named state and the files. All functions are collective; on
 the others get their values from it, so nothing but the main process needs to see the run directory.
 """
 
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import torch
 from torch import Tensor, nn
 
-import meter_fast
 from meter_fast.config import ConfigError, RunConfig, flatten, from_dict, to_dict
 from meter_fast.interop import HEAD_NAMES, from_meter
 from meter_fast.models.export import load_export
@@ -28,6 +24,7 @@ from meter_fast.models.weights import copy_into
 from meter_fast.training import checkpoint
 from meter_fast.training.checkpoint import CheckpointError, Reader, Writer
 from meter_fast.training.state import FROZEN, KINDS, WEIGHT, NamedState
+from meter_fast.training.versions import versions
 from meter_fast.training.world import World
 
 # What decides which samples a step reads and what is asked about them: another value would not go on with this run.
@@ -208,12 +205,7 @@ def describe_run(config: RunConfig, world: World, identity: dict[str, Any]) -> d
         "config": to_dict(config),
         "identity": identity,
         "world_size": world.size,
-        "versions": {
-            "meter_fast": meter_fast.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -5,7 +5,7 @@ the files of a run but its export.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +90,7 @@ PRETRAINING = Task(
     loss=lambda scores: sum(part["loss"] for part in scores.values()),
     next_command="meter-fast report {run}",
 )
+CAPTIONING = replace(PRETRAINING, next_command="meter-fast evaluate {run} caption")
 
 
 def statement_task(name: str) -> Task:
@@ -131,5 +132,7 @@ TASKS = {
 
 
 def task_of(objectives: Sequence[str]) -> Task:
-    """The task of objectives.names: that of an objective which trains alone, or pre-training."""
+    """The task of objectives.names: that of an objective which trains alone, captioning, or pre-training."""
+    if tuple(objectives) == ("caption",):
+        return CAPTIONING
     return next((TASKS[name] for name in objectives if name in TASKS), PRETRAINING)
