@@ -106,8 +106,9 @@ def evaluate_split(
 
     task: "pretrain", "vqa" (see `evaluate_questions`), "nlvr2" or "snli_ve" (`evaluate_statements`). settings:
     "data.root=FOLDER" and the like, over the run's own or, for a model without a run, over the recipe's;
-    `held_out_names` says what is scored, of data.val_split. pairs: at most so many. world: the processes that do it together, each a part; all of them call this and get the same scores,
-    which are those of one process. submission: of vqa, the file that the evaluation server reads.
+    `held_out_names` says what is scored, of data.val_split. pairs: at most so many. world: the processes that do it
+    together, each a part; all of them call this and get the same scores, which are those of one process. submission: of
+    vqa, the file that the evaluation server reads.
 
     Returns the scores by objective as `evaluate_pretraining` gives them, {"split", "tables", "pairs", "skipped"} and
     `facts`. Raises ValueError where something is missing or does not fit.

@@ -13,11 +13,11 @@ import torch
 
 import meter_fast
 from meter_fast.config import DataConfig, RunConfig, override
+from meter_fast.data.caption_check import BadCaption, check_caption
 from meter_fast.data.images import image_transform, open_backend
 from meter_fast.data.pictures import PictureAssembler, picture_split_loader
 from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.spans import read_sentinels
-from meter_fast.data.text import BadCaption, check_caption
 from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.evaluate import (
     check_vocabulary,

@@ -33,7 +33,7 @@ def run(tmp_path: Path, scenes: Path) -> Path:
 
 def captions_one_by_one(run: Path, root: Path, table: str, beams: int) -> list[str]:
     """Of every picture of a table, each by itself."""
-    model, tokenizer = meter_fast.load(run), load_tokenizer(run / "tokenizer")
+    model, tokenizer = meter_fast.load_model(run), load_tokenizer(run / "tokenizer")
     backend = open_backend("torchvision", image_transform("clip", 64), "cpu", torch.float32)
     pictures = pa.ipc.open_file(str(root / f"{table}.arrow")).read_all().column("image").to_pylist()
     texts = []
