@@ -146,7 +146,8 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     task, world = arguments.task, arguments.world
     for option, tasks in TASK_OPTIONS.items():
         if getattr(arguments, option) is not None and task not in tasks:
-            raise ValueError(f"--{option} goes with the task {' or '.join(tasks)}, not with {task}")
+            named = " or ".join(filter(None, [", ".join(tasks[:-1]), tasks[-1]]))
+            raise ValueError(f"--{option} goes with the task {named}, not with {task}")
     for option, least in (("pairs", 2), ("pictures", 2), ("beams", 1)):
         given = getattr(arguments, option)
         if given is not None and given < least:

@@ -220,7 +220,7 @@ def check_heads(path: Path, model: Meter, objectives: Sequence[str]) -> None:
     lacking = [name for name in objectives if getattr(model, OBJECTIVES[name].HEAD) is None]
     if not lacking:
         return
-    able = {"vqa": model.vqa_head is not None, "caption": model.config.decoder.layers > 0}
+    able = {task: getattr(model, OBJECTIVES[task].HEAD) is not None for task in ("vqa", *TASKS, "caption")}
     commands = [f"meter-fast evaluate {path} {task}" for task, there in able.items() if there]
     remedy = " or ".join([*commands, "objectives.names=NAMES of what it was trained on"])
     raise ValueError(f"{path} was not trained on {', '.join(lacking)} (no {OBJECTIVES[lacking[0]].HEAD}): {remedy}")
@@ -250,7 +250,7 @@ def settings_of(path: Path, task: str) -> RunConfig:
         config = from_dict(RunConfig, read_json(path / "config.json"))
         own = [name for name in config.objectives.names if name in FINE_TUNING]
         if own and task != own[0]:
-            hint = f": meter-fast evaluate {path} vqa" if own[0] == "vqa" else ""
+            hint = f": meter-fast evaluate {path} {own[0]}" if own[0] != "reconstruction" else ""
             raise ValueError(f"{path} is a run of {own[0]}, not of {task}{hint}")
         return config
     return resolve([task])

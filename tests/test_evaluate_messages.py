@@ -42,12 +42,12 @@ COMMANDS = [
     *([["{tmp}/empty", task], "empty has no model: neither model.safetensors nor export/"] for task in TASKS),
     *([["{tmp}/text.ckpt", task], "text.ckpt"] for task in TASKS),
     # a model of another task
-    [["{pairs}", "vqa"], "answers no questions (it has no vqa_head): fine-tune it first, meter-fast train vqa"],
+    [["{pairs}", "vqa"], "was not trained on vqa (it has no vqa_head): fine-tune it first, meter-fast train vqa"],
     [["{pairs}", "caption"], "{pairs} writes no captions: it has no decoder (fusion=encoder_decoder). Fine-tune"],
     [["{spans}", "caption"], "{spans} writes no captions: it was trained on objectives.names=span_denoising,itm. Fine"],
     [["{vqa}", "pretrain"], "is a run of vqa, not of pretrain: meter-fast evaluate {vqa} vqa"],
     [["{vqa}", "caption"], "is a run of vqa, not of caption: meter-fast evaluate {vqa} vqa"],
-    [["{caption}", "vqa"], "answers no questions"],
+    [["{caption}", "vqa"], "was not trained on vqa"],
     [["{caption}", "retrieval"], "retrieval"],
     [["{vqa}/export", "pretrain"], "was not trained on mlm, itm (no mlm_head): meter-fast evaluate {vqa}/export vqa"],
     [["{pairs}/export", "pretrain", "objectives.names=mlm,caption"], "objectives.names=mlm,caption"],
@@ -77,7 +77,10 @@ COMMANDS = [
     [["{caption}", "caption", "--captions", "{tmp}/absent/c.json"], "there is no folder {tmp}/absent"],
     [["{caption}", "caption", "--captions", "{tmp}"], "{tmp} is a folder: name a file"],
     [["{caption}", "caption", "--beams", "0"], "--beams 0: give 1 or more"],
-    [["{caption}", "caption", "--pairs", "5"], "--pairs goes with the task pretrain or vqa, not with caption"],
+    [
+        ["{caption}", "caption", "--pairs", "5"],
+        "--pairs goes with the task pretrain, vqa, nlvr2 or snli_ve, not with caption",
+    ],
     [["{pairs}", "pretrain", "--pairs", "1"], "--pairs 1: give 2 or more"],
 ]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from meter_fast import evaluate
+from meter_fast import evaluate, evaluate_texts
 from meter_fast.cli import main
 from meter_fast.config import override, to_dict
 from meter_fast.data.about_pictures import split_loader
@@ -154,11 +154,11 @@ def test_the_back_end_is_opened_for_all_pictures_of_a_batch(task, task_run, monk
         backend = open_backend(*given, max_batch=max_batch)
         decode = backend.decode
         monkeypatch.setattr(
-            backend, "decode", lambda encoded: opened.append((len(encoded), max_batch)) or decode(encoded)
+            backend, "decode", lambda encoded, *rest: opened.append((len(encoded), max_batch)) or decode(encoded, *rest)
         )
         return backend
 
-    monkeypatch.setattr(evaluate, "open_backend", opening)
+    monkeypatch.setattr(evaluate_texts, "open_backend", opening)
     evaluate.evaluate_split(task_run, task, ["engine.micro_batch=1"])
     assert opened and max(count for count, _ in opened) > 1
     assert all(count <= most for count, most in opened)

@@ -40,7 +40,7 @@ def test_from_a_pre_trained_model_to_captions(ranks: RankServer, data: Path, pre
     for part in ("not in the model, left out: itm_head", "held out at step 2: caption loss",
                  f"meter-fast evaluate {run} caption"):  # fmt: skip
         assert part in ended.logs[0], (part, ended.logs[0])
-    model, before = meter_fast.load(run), meter_fast.load(pretrained)
+    model, before = meter_fast.load_model(run), meter_fast.load_model(pretrained)
     assert model.itm_head is None and len(read_sentinels(load_tokenizer(run / "tokenizer"))) > 1
     for name, value in model.state_dict().items():  # the learning rate is 0
         assert torch.equal(value, before.state_dict()[name]), name
