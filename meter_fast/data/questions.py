@@ -1,8 +1,9 @@
 """Micro-batches of questions about pictures, for training and evaluation.
 
 Knows one source of questions, one text pipeline, one image back end and the number of answers. Knows nothing of steps,
-ranks or threads: a micro-batch is a pure function of (seed, sample numbers), so every division of a global batch gives
-the same questions and replacements. A picture that several questions of a micro-batch ask about is decoded once.
+ranks or threads: a micro-batch is a pure function of (seed, sample numbers, stream positions), so every division of a
+global batch gives the same questions, pictures and replacements. A picture that several questions of a micro-batch ask
+about is decoded once, and augmented in one way, as are all questions about it in an optimizer step.
 """
 
 import math
@@ -18,6 +19,7 @@ from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.loader import SplitLoader
 from meter_fast.data.order import OrderError, permute
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.samples import Chosen, DecodeFailed, Prepared, SampleReader
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
@@ -30,7 +32,7 @@ class QuestionAssembler:
     """Makes micro-batches. Safe to use from several threads when the image back end is.
 
     sources: of questions (question_tables.py). answers: their number A. replace: put another question in place of one
-    that cannot be used (training); False leaves it out (evaluation).
+    that cannot be used (training); False leaves it out (evaluation). augment: what pictures undergo (training).
     """
 
     def __init__(
@@ -42,12 +44,13 @@ class QuestionAssembler:
         answers: int,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
+        augment: RandAugment | None = None,
     ):
         self.sources, self.text, self.answers = sources, text, answers
-        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace)
+        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace, augment)
 
     def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared:
-        """samples [m] int64 -> the batch of their questions. positions: no chance depends on them.
+        """samples [m] int64 -> the batch of their questions. positions [m]: their step keys the augmentation.
 
         Raises BadDataError after many unusable samples in a row.
         """
@@ -58,15 +61,16 @@ class QuestionAssembler:
                 self._reader.usable(index, picture, None, skips)
                 for index, picture in zip(samples.tolist(), pictures, strict=True)
             ]
-            chosen = [one for one in tried if one is not None]
-            if not chosen:
+            places = [(one, int(position)) for one, position in zip(tried, positions, strict=True) if one is not None]
+            if not places:
                 return Prepared(None, skips)
-            distinct = list({one.picture: one for one in reversed(chosen)}.values())[::-1]
+            chosen = [one for one, _ in places]
+            distinct = list({one.picture: (one, position) for one, position in reversed(places)}.values())[::-1]
             try:
-                images = self._reader.decode(distinct)
+                images = self._reader.decode(*zip(*distinct, strict=True))
             except DecodeFailed:
                 continue
-            return Prepared(self._batch(chosen, images, [one.picture for one in distinct]), skips)
+            return Prepared(self._batch(chosen, images, [one.picture for one, _ in distinct]), skips)
 
     def _batch(self, chosen: Sequence[Chosen], images: torch.Tensor, pictures: Sequence[int]) -> VqaBatch:
         place = {picture: row for row, picture in enumerate(pictures)}

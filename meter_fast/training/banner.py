@@ -158,4 +158,5 @@ def _coverage(sources: Sources) -> str:
 
 def _pictures(config: RunConfig, backend: ImageBackend) -> str:
     size = backend.transform.size
-    return f"{backend.name}: {config.data.transform} at {size} px, up to {config.data.max_image_pixels / 1e6:.3g} Mpx"
+    text = f"{backend.name}: {config.data.transform} at {size} px, up to {config.data.max_image_pixels / 1e6:.3g} Mpx"
+    return text + (f", {config.data.augment} in training" if config.data.augment != "none" else "")

@@ -18,7 +18,7 @@ from meter_fast.data.questions import QuestionAssembler, question_split_loader
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 from meter_fast.models.export import ANSWERS
-from meter_fast.training.pairs import Pairs, open_images
+from meter_fast.training.pairs import Pairs, open_augmentation, open_images
 from meter_fast.training.world import World
 
 
@@ -60,7 +60,9 @@ def open_question_loaders(
     order = SampleOrder(sources.sizes, run.seed, engine.global_batch, sources.weights)
     text = TextPipeline(tokenizer, data.max_text_length)
     backend = open_images(config, world, dtype)
-    assembler = QuestionAssembler(sources, text, backend, run.seed, len(answers), data.max_image_pixels)
+    assembler = QuestionAssembler(
+        sources, text, backend, run.seed, len(answers), data.max_image_pixels, augment=open_augmentation(config)
+    )
     slices = micro_slices(engine.global_batch, world.size, engine.micro_batch, world.rank, accumulation, pairs=False)
     loader = TrainingLoader(order, assembler, slices, data.workers, data.prefetch, data.max_bad_share)
     held_out, validation = None, None
