@@ -20,7 +20,7 @@ setup(
         "deepspeed>=0.17",
         "transformers>=5.0",
         "timm>=1.0.24",
-        "nvidia-dali-cuda130>=1.52; platform_system == 'Linux'",
+        "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
         "tensorboard>=2.16",
         "numpy>=1.26",
         "psutil>=5.9",

@@ -43,6 +43,7 @@ class DataConfig:
     answers: str = ""  # of visual question answering: JSON list, label 0 first; empty = as the tables name them
     val_pairs: int = 512  # held-out pairs scored at each evaluation, the first ones of the split's fixed order
     transform: Literal["clip", "imagenet", "vit"] = "clip"  # pixel values and alpha, as the encoder knows them
+    augment: Literal["none", "randaugment_published", "randaugment"] = "none"  # of training pictures alone
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     tokenizer: str = "roberta-base"  # hub name, local folder, "trained": learnt from the texts, or "init": of run.init
     max_text_length: int = 50  # tokens, specials included

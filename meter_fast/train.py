@@ -260,6 +260,7 @@ def prepare(config: RunConfig, this: World) -> Run:
     dtype = DTYPES[config.engine.dtype]
     pairs = this.each(lambda: task.open_data(config, this, sources, tokenizer, folder, accumulated, dtype, answers))
     start = find_start(config, this, pairs.identity())
+    memory = this.together(lambda: banner.memory(config, this))
     torch.manual_seed(config.run.seed)
     module = this.each(lambda: build(config, this, start))
     this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), expected_bytes(count(module))))
@@ -268,7 +269,7 @@ def prepare(config: RunConfig, this: World) -> Run:
     start.reader = start.masters = None
     monitor = Monitor(config.run.dir, config.run.max_steps, config.engine.global_batch, this.is_main)
     monitor.message(describe(config))
-    monitor.banner(banner.rows(config, this, engine, pairs, start, module.model))
+    monitor.banner(banner.rows(config, this, engine, pairs, start, module.model, memory))
     this.together(lambda: note_settings(config))
     monitor.start(start.step)
     return Run(config, this, engine, pairs, monitor, start)

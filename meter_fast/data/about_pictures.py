@@ -1,12 +1,14 @@
 """Micro-batches of texts about pictures, for training and evaluation: what those of questions and of statements share.
 
 Knows one source of samples, one text pipeline and one image back end. Knows nothing of steps, ranks or threads: a
-micro-batch is a pure function of (seed, sample numbers), so every division of a global batch gives the same texts and
-replacements. A picture that is there several times in a micro-batch is decoded once, wherever it lies in the tables.
+micro-batch is a pure function of (seed, sample numbers, stream positions), so every division of a global batch gives
+the same texts, pictures and replacements. A picture that is there several times in a micro-batch is decoded once,
+wherever it lies in the tables, and augmented in one way, which its content and the step tell.
 """
 
 import dataclasses
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.loader import SplitLoader
 from meter_fast.data.order import OrderError, permute
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.samples import Chosen, DecodeFailed, Prepared, SampleReader
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
@@ -32,6 +35,7 @@ class AboutPictures(ABC):
     """Makes micro-batches. Safe to use from several threads when the image back end is.
 
     replace: put another sample in place of one that cannot be used (training); False leaves it out (evaluation).
+    augment: what pictures undergo (training).
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class AboutPictures(ABC):
         seed: int,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
+        augment: RandAugment | None = None,
     ):
         self.sources, self.text = sources, text
-        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace)
+        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace, augment)
 
     @abstractmethod
     def batch(self, chosen: Sequence[Chosen], rows: torch.Tensor, shared: dict[str, torch.Tensor]) -> Batch:
@@ -52,7 +57,7 @@ class AboutPictures(ABC):
         shared: fields that all these batches have."""
 
     def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared:
-        """samples [m] int64 -> the batch of their texts. positions: no chance depends on them.
+        """samples [m] int64 -> the batch of their texts. positions [m]: their step keys the augmentation.
 
         Raises BadDataError after many unusable samples in a row.
         """
@@ -62,14 +67,15 @@ class AboutPictures(ABC):
             tried = [
                 self._reader.usable(index, row, None, skips) for index, row in zip(samples.tolist(), rows, strict=True)
             ]
-            chosen = [one for one in tried if one is not None]
-            if not chosen:
+            placed = [(one, int(position)) for one, position in zip(tried, positions, strict=True) if one is not None]
+            if not placed:
                 return Prepared(None, skips)
+            chosen = [one for one, _ in placed]
             places: dict[bytes, int] = {}  # by their bytes: tables repeat pictures from row to row
-            distinct: list[Chosen] = []
-            found = [[self._place(one, image, places, distinct) for image in one.sample.images] for one in chosen]
+            distinct: list[tuple[Chosen, int]] = []
+            found = [[self._place(*one, image, places, distinct) for image in one[0].sample.images] for one in placed]
             try:
-                images = self._reader.decode(distinct)
+                images = self._reader.decode(*zip(*distinct, strict=True))
             except DecodeFailed:
                 continue
             text_ids, text_mask = self.text.pad(self.text.encode([one.text for one in chosen]))
@@ -83,12 +89,14 @@ class AboutPictures(ABC):
             return Prepared(self.batch(chosen, torch.tensor(found), shared), skips)
 
     @staticmethod
-    def _place(one: Chosen, image: np.ndarray, places: dict[bytes, int], distinct: list[Chosen]) -> int:
-        """The row of a picture among the distinct ones, which it is added to if it is new."""
+    def _place(
+        one: Chosen, position: int, image: np.ndarray, places: dict[bytes, int], distinct: list[tuple[Chosen, int]]
+    ) -> int:
+        """The row of a picture among the distinct ones, which it is added to, with its position, if it is new."""
         content = image.tobytes()
         if content not in places:
             places[content] = len(distinct)
-            distinct.append(dataclasses.replace(one, image=image))
+            distinct.append((dataclasses.replace(one, image=image, picture=zlib.crc32(content)), position))
         return places[content]
 
 

@@ -15,12 +15,14 @@ from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import mix
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.samples import Chosen, DecodeFailed, Prepared, SampleReader, Skip
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 
 NEGATIVES = ("batch", "dataset")
-# What a random number is for: each purpose has its own stream (1 is REPLACE of samples.py, 5 orders held-out splits).
+# What a random number is for: each purpose has its own stream (1 is REPLACE of samples.py, 5 orders held-out splits, 8
+# draws the operations of randaugment.py).
 _COIN, _FALSE_PICTURE, _MASK, _HIDE_CELLS, _SPANS = 2, 3, 4, 6, 7
 
 
@@ -30,7 +32,7 @@ class Assembler:
     negatives: "batch", the false picture of a pair (2i, 2i+1) is the partner's, or "dataset", it is drawn uniformly
     from all (picture, caption) items, as published (so once in a while it is the true picture).
     replace: put another sample in place of a bad one (training); False leaves it out (evaluation).
-    cells: hide cells of the pictures, for masked image modelling.
+    cells: hide cells of the pictures, for masked image modelling. augment: what pictures undergo (training).
     Raises ValueError for an unknown kind of negatives.
     """
 
@@ -44,12 +46,13 @@ class Assembler:
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
         cells: CellMasking | None = None,
+        augment: RandAugment | None = None,
     ):
         if negatives not in NEGATIVES:
             raise ValueError(f"objectives.itm_negatives={negatives!r}: choose one of {', '.join(NEGATIVES)}")
         self.sources, self.text, self.cells = sources, text, cells
         self.seed, self.negatives = seed, negatives
-        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace)
+        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace, augment)
 
     def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared:
         """samples [m] int64; positions [m] int64, ascending: their places in the endless stream, which key all chances.
@@ -64,10 +67,11 @@ class Assembler:
                 return Prepared(None, skips)
             chosen = [chosen[place] for place in kept]
             labels, partners = self._pairing(positions[kept])
-            false = [self._false_picture(p, skips) for p in self._without_match(positions[kept], labels)]
+            unmatched = self._without_match(positions[kept], labels)
+            false = [self._false_picture(p, skips) for p in unmatched]
             try:
-                images = self._reader.decode(chosen)
-                false_images = self._reader.decode(false) if false else None
+                images = self._reader.decode(chosen, positions[kept])
+                false_images = self._reader.decode(false, unmatched) if false else None
             except DecodeFailed:
                 continue
             fields = self._texts(chosen, positions[kept])

@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from meter_fast.data.randaugment import Operation
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,6 +103,7 @@ def pixel_values(images: torch.Tensor, transform: ImageTransform) -> torch.Tenso
 class ImageBackend(Protocol):
     """Encoded pictures in, the model's input out. Safe to call from several threads.
 
+    operations: for each picture, what is done to it before it is resized; None leaves all as they are.
     host_decoded counts, by kind of picture, what a GPU back end left to the CPU one (empty for the CPU one).
     """
 
@@ -109,11 +112,13 @@ class ImageBackend(Protocol):
     device: torch.device
     host_decoded: Counter[str]
 
-    def decode(self, encoded: Sequence[np.ndarray]) -> torch.Tensor:
+    def decode(
+        self, encoded: Sequence[np.ndarray], operations: Sequence[Sequence[Operation]] | None = None
+    ) -> torch.Tensor:
         """B encoded pictures (uint8 arrays) -> [B,3,S,S]. Raises BatchDecodeError when one cannot be decoded."""
         ...
 
-    def decode_one(self, encoded: np.ndarray) -> torch.Tensor:
+    def decode_one(self, encoded: np.ndarray, operations: Sequence[Operation] = ()) -> torch.Tensor:
         """One encoded picture -> [3,S,S] by the CPU back end. Raises BadImage with its cause."""
         ...
 

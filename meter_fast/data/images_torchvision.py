@@ -18,6 +18,8 @@ from torchvision.transforms.v2 import functional as v2
 
 from meter_fast.data.image_check import BadImage, ImageHeader, bad_image_of, open_with_pillow, read_header
 from meter_fast.data.images import BatchDecodeError, ImageTransform, normalise
+from meter_fast.data.randaugment import Operation
+from meter_fast.data.randaugment_pillow import augment_picture
 
 # Beyond this ratio of long side to crop the resized picture would be mostly thrown away (20000 x 1 at 288 px: 1.7 G
 # pixels). Pillow resizes only the box that is kept, on a photograph within one level of 255 of resizing it all.
@@ -38,13 +40,17 @@ class TorchvisionBackend:
         self.host_decoded: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
-    def decode(self, encoded: Sequence[np.ndarray]) -> torch.Tensor:
+    def decode(
+        self, encoded: Sequence[np.ndarray], operations: Sequence[Sequence[Operation]] | None = None
+    ) -> torch.Tensor:
         """B encoded pictures (uint8 arrays) -> [B,3,S,S] in dtype on device. Raises BatchDecodeError."""
         pictures = torch.empty((len(encoded), 3, self.transform.size, self.transform.size), dtype=torch.uint8)
 
         def fill(index: int) -> None:
             try:
-                pictures[index] = decode_picture(encoded[index], self.transform)
+                pictures[index] = decode_picture(
+                    encoded[index], self.transform, operations[index] if operations else ()
+                )
             except BadImage as error:
                 raise BatchDecodeError(f"picture {index} of the batch: {error}") from error
 
@@ -52,9 +58,9 @@ class TorchvisionBackend:
             pass
         return normalise(pictures.to(self.device), self.transform, self.dtype)
 
-    def decode_one(self, encoded: np.ndarray) -> torch.Tensor:
+    def decode_one(self, encoded: np.ndarray, operations: Sequence[Operation] = ()) -> torch.Tensor:
         """One encoded picture -> [3,S,S] in dtype on device. Raises BadImage with its cause."""
-        picture = decode_picture(encoded, self.transform)[None].to(self.device)
+        picture = decode_picture(encoded, self.transform, operations)[None].to(self.device)
         return normalise(picture, self.transform, self.dtype)[0]
 
     def close(self) -> None:
@@ -63,12 +69,19 @@ class TorchvisionBackend:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decode_picture(encoded: np.ndarray, transform: ImageTransform) -> torch.Tensor:
-    """One encoded picture -> uint8 [3,S,S], resized and cropped, not normalised. Raises BadImage with its cause."""
+def decode_picture(
+    encoded: np.ndarray, transform: ImageTransform, operations: Sequence[Operation] = ()
+) -> torch.Tensor:
+    """One encoded picture -> uint8 [3,S,S], resized and cropped, not normalised. Raises BadImage with its cause.
+
+    operations: come first, on the whole picture in RGB.
+    """
     header = read_header(encoded)
     if not header.plain or is_extreme(header):
-        return _by_pillow(encoded, header, transform)
+        return _by_pillow(encoded, header, transform, operations)
     picture = _decode_plain(encoded, header)
+    if operations:
+        picture = _to_tensor(augment_picture(Image.fromarray(picture.permute(1, 2, 0).numpy()), operations))
     window = transform.window(header.width, header.height)
     if (window.height, window.width) != (header.height, header.width):
         picture = v2.resize_image(picture, [window.height, window.width], InterpolationMode.BICUBIC, antialias=True)
@@ -98,12 +111,14 @@ def _decode_plain(encoded: np.ndarray, header: ImageHeader) -> torch.Tensor:
         raise bad_image_of(error) from error
 
 
-def _by_pillow(encoded: np.ndarray, header: ImageHeader, transform: ImageTransform) -> torch.Tensor:
+def _by_pillow(
+    encoded: np.ndarray, header: ImageHeader, transform: ImageTransform, operations: Sequence[Operation]
+) -> torch.Tensor:
     """Any picture Pillow reads -> uint8 [3,S,S], step by step as published; of an animation, its first frame."""
     size = transform.size
-    mode = "RGBA" if transform.alpha == "premultiplied" else "RGB"
+    mode = "RGBA" if transform.alpha == "premultiplied" and not operations else "RGB"
     with open_with_pillow(memoryview(encoded).cast("B"), header.format) as opened:
-        picture = _load(opened, mode)
+        picture = augment_picture(_load(opened, mode), operations)
     window = transform.window(*picture.size)
     if is_extreme(header):
         across, down = picture.width / window.width, picture.height / window.height

@@ -12,6 +12,7 @@ from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.loader import SplitLoader
 from meter_fast.data.order import OrderError, permute
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.samples import DecodeFailed, Prepared, SampleReader
 from meter_fast.data.sources import Sources
 
@@ -22,7 +23,8 @@ class PictureAssembler:
     """Makes micro-batches. Safe to use from several threads when the image back end is.
 
     sources: of samples with pictures, a picture as often as it has captions, which are not looked at. replace: put
-    another sample in place of one that cannot be used (training); False leaves it out (evaluation).
+    another sample in place of one that cannot be used (training); False leaves it out (evaluation). augment: what
+    pictures undergo (training).
     """
 
     def __init__(
@@ -32,12 +34,13 @@ class PictureAssembler:
         seed: int,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
+        augment: RandAugment | None = None,
     ):
         self.sources = sources
-        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace)
+        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace, augment)
 
     def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared:
-        """samples [m] int64 -> the batch of their pictures. positions: no chance depends on them.
+        """samples [m] int64 -> the batch of their pictures. positions [m]: their step keys the augmentation.
 
         Raises BadDataError after many unusable samples in a row.
         """
@@ -48,11 +51,12 @@ class PictureAssembler:
                 self._reader.usable(index, picture, None, skips, captioned=False)
                 for index, picture in zip(samples.tolist(), pictures, strict=True)
             ]
-            chosen = [one for one in tried if one is not None]
-            if not chosen:
+            kept = [place for place, one in enumerate(tried) if one is not None]
+            if not kept:
                 return Prepared(None, skips)
+            chosen = [tried[place] for place in kept]
             try:
-                images = self._reader.decode(chosen)
+                images = self._reader.decode(chosen, positions[kept])
             except DecodeFailed:
                 continue
             return Prepared(PictureBatch(images, torch.tensor([one.index for one in chosen])), skips)

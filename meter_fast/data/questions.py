@@ -10,6 +10,7 @@ from meter_fast.data.answers import AnswersError
 from meter_fast.data.batch import VqaBatch
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.samples import Chosen
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
@@ -27,8 +28,9 @@ class QuestionAssembler(AboutPictures):
         answers: int,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
+        augment: RandAugment | None = None,
     ):
-        super().__init__(sources, text, images, seed, max_image_pixels, replace)
+        super().__init__(sources, text, images, seed, max_image_pixels, replace, augment)
         self.answers = answers
 
     def batch(self, chosen: Sequence[Chosen], rows: torch.Tensor, shared: dict[str, torch.Tensor]) -> VqaBatch:

@@ -16,6 +16,7 @@ from meter_fast.data.caption_check import BadCaption, check_caption
 from meter_fast.data.image_check import BadImage, check_image
 from meter_fast.data.images import BatchDecodeError, ImageBackend
 from meter_fast.data.order import mix
+from meter_fast.data.randaugment import RandAugment
 
 BAD_IN_A_ROW = 100  # so many unusable samples one after another are no bad luck but a broken data set or set-up
 ATTEMPTS = 10 * BAD_IN_A_ROW  # draws of a replacement, those included that show the partner's picture
@@ -61,12 +62,20 @@ class SampleReader:
     """Gives samples that can be used. Safe to use from several threads when the image back end is.
 
     sources: what `Sources` is; its samples have `image`, `text`, `name` and `images`, all pictures of the sample, of
-    which `image` is the first. replace: put another sample in place of a
-    bad one (training); False leaves it out (evaluation).
+    which `image` is the first. replace: put another sample in place of a bad one (training); False leaves it out
+    (evaluation). augment: what pictures undergo (training), None leaves them.
     """
 
-    def __init__(self, sources: Any, images: ImageBackend, seed: int, max_image_pixels: int, replace: bool):
-        self.sources, self.images = sources, images
+    def __init__(
+        self,
+        sources: Any,
+        images: ImageBackend,
+        seed: int,
+        max_image_pixels: int,
+        replace: bool,
+        augment: RandAugment | None = None,
+    ):
+        self.sources, self.images, self.augment = sources, images, augment
         self.seed, self.replace = seed, replace
         self.max_image_pixels = max_image_pixels
         self._undecodable: dict[int, Skip] = {}  # found by decoding; kept, so that one picture costs a batch only once
@@ -113,17 +122,24 @@ class SampleReader:
         except (BadImage, BadCaption) as error:
             return _skip(sample, error)
 
-    def decode(self, chosen: Sequence[Chosen]) -> torch.Tensor:
-        """[n,3,S,S]. When the batch fails, each picture is decoded alone to find those at fault; raises DecodeFailed
-        if there are any, after which they are known and not chosen again."""
+    def decode(self, chosen: Sequence[Chosen], positions: Sequence[int]) -> torch.Tensor:
+        """[n,3,S,S]. positions [n]: of the samples in the stream, which with their pictures key the augmentation.
+
+        When the batch fails, each picture is decoded alone to find those at fault; raises DecodeFailed if there are
+        any, after which they are known and not chosen again."""
         encoded = [sample.image for sample in chosen]
+        operations = None
+        if self.augment is not None:
+            places = zip(positions, chosen, strict=True)
+            operations = [self.augment.operations(int(position), sample.picture) for position, sample in places]
         try:
-            return self.images.decode(encoded)
+            return self.images.decode(encoded, operations)
         except BatchDecodeError:
             pictures, failed = [], False
-            for sample in chosen:
+            for number, sample in enumerate(chosen):
                 try:
-                    pictures.append(self.images.decode_one(sample.image))
+                    own = operations[number] if operations else ()
+                    pictures.append(self.images.decode_one(sample.image, own))
                 except BadImage as error:
                     self._undecodable[sample.index] = _skip(self.sources.read(sample.index), error)
                     failed = True

@@ -66,6 +66,7 @@ def base() -> RunConfig:
             val_sources=HELD_OUT,
             val_pairs=5000,  # ours
             transform="clip",
+            augment="randaugment_published",  # clip_randaug; data.augment=randaugment is without the published slips
             tokenizer="roberta-base",
             max_text_length=50,  # max_text_len
             workers=8,  # num_workers

@@ -18,7 +18,9 @@ from meter_fast.data.sources import Sources
 from meter_fast.kernels.varlen_attention import varlen_backend
 from meter_fast.models.meter import Meter
 from meter_fast.models.text import can_pack
-from meter_fast.training.engine import DTYPES, Engine, state_bytes
+from meter_fast.training.activations import NotTraced
+from meter_fast.training.engine import DTYPES, Engine
+from meter_fast.training.memory import estimate_memory
 from meter_fast.training.pairs import Pairs
 from meter_fast.training.resume import Start, checkpoints_of
 from meter_fast.training.world import World
@@ -26,14 +28,20 @@ from meter_fast.training.world import World
 Row = tuple[str, str]
 
 
-def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: Start, model: Meter) -> list[Row]:
-    """All rows of the start banner."""
+BIG = 1e9  # bytes of weights, gradients and optimizer; of smaller runs the passes, which take seconds, are not traced
+
+
+def rows(
+    config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: Start, model: Meter, memory: str
+) -> list[Row]:
+    """All rows of the start banner. memory: as `memory` says."""
     said = [
         ("run", config.run.dir),
         ("devices", f"{world.size} x {_device(world.device)}, {dist.get_backend()}"),
         ("model", _parameters(model)),
         ("kernels", _kernels(config, world, model) if isinstance(model, Meter) else ""),
-        ("engine", _engine(config, engine, world)),
+        ("engine", _engine(config)),
+        ("memory", memory),
         ("global batch", _batch(config, engine, world)),
         ("steps", f"{config.run.max_steps:,}, warm-up {engine.schedule.warmup_steps:,}, starting at {start.step:,}"),
         ("starts from", "\n".join([start.origin, *start.notes])),
@@ -46,6 +54,33 @@ def rows(config: RunConfig, world: World, engine: Engine, pairs: Pairs, start: S
                         f"{config.run.keep_last} and the best kept"),
     ]  # fmt: skip
     return [row for row in said if row[1]]
+
+
+def memory(config: RunConfig, world: World) -> str:
+    """What the run will take on each process; to be asked before there is an engine, as ZeRO-3 changes torch."""
+    try:
+        need = estimate_memory(config, world.size, world.device, activations=False)
+    except NotTraced as error:
+        return f"not known: {error}"
+    passes = "activations not counted"
+    if need.state + need.on_host >= BIG:
+        try:
+            need = estimate_memory(config, world.size, world.device)
+        except NotTraced as error:
+            passes = f"activations not known: {error}"
+    if need.activations is not None:
+        passes = f"activations {amount(need.activations.batch + need.activations.peak)}"
+        passes += f" ({amount(need.activations.kept)} between the passes)"
+    optimizer = amount(need.masters + need.moments)
+    parts = [f"weights {amount(need.weights)}", f"gradients {amount(need.gradients)}"]
+    parts += [] if need.host else [f"optimizer {optimizer}"]
+    text = f"{amount(need.peak)} a process at most: {', '.join([*parts, passes])}"
+    return text + (f"; {amount(need.on_host)} of host memory, optimizer {optimizer}" if need.host else "")
+
+
+def amount(size: float) -> str:
+    """1234567890 -> "1.23 GB"."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def _text(config: RunConfig, pairs: Pairs) -> str:
@@ -114,7 +149,7 @@ def _kernels(config: RunConfig, world: World, model: Meter) -> str:
     return "; ".join(parts)
 
 
-def _engine(config: RunConfig, engine: Engine, world: World) -> str:
+def _engine(config: RunConfig) -> str:
     settings = config.engine
     parts = [f"DeepSpeed {deepspeed.__version__}, ZeRO {settings.zero}"]
     parts.append("bf16 with fp32 master weights" if settings.dtype == "bf16" else "fp32")
@@ -124,9 +159,6 @@ def _engine(config: RunConfig, engine: Engine, world: World) -> str:
         parts.append("activation checkpointing")
     if settings.compile:
         parts.append("compiled blocks")
-    need = state_bytes(engine.state.numel(), settings.zero, world.size, settings.dtype)
-    amount = f"{need / 1e9:.3g} GB" if need > 1e9 else f"{need / 1e6:.3g} MB"
-    parts.append(f"{amount} a process for weights, gradients and optimizer")
     return ", ".join(parts)
 
 
@@ -158,4 +190,5 @@ def _coverage(sources: Sources) -> str:
 
 def _pictures(config: RunConfig, backend: ImageBackend) -> str:
     size = backend.transform.size
-    return f"{backend.name}: {config.data.transform} at {size} px, up to {config.data.max_image_pixels / 1e6:.3g} Mpx"
+    text = f"{backend.name}: {config.data.transform} at {size} px, up to {config.data.max_image_pixels / 1e6:.3g} Mpx"
+    return text + (f", {config.data.augment} in training" if config.data.augment != "none" else "")

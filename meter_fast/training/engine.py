@@ -200,12 +200,3 @@ def compile_blocks(model: nn.Module) -> None:
             for block in module:
                 if sum(1 for _ in block.parameters()) > 4:
                     block.compile()
-
-
-def state_bytes(parameters: int, zero: int, world_size: int, dtype: str) -> float:
-    """Bytes on each device for weights, gradients and optimizer state (Rajbhandari et al. 2020, "ZeRO", figure 1)."""
-    low = 2 if dtype == "bf16" else 4
-    optimizer = 12 if dtype == "bf16" else 8
-    return parameters * sum(
-        part / (world_size if zero >= stage else 1) for part, stage in ((optimizer, 1), (low, 2), (low, 3))
-    )

@@ -21,6 +21,7 @@ from meter_fast.data.answers import Answers
 from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.loader import EvaluationLoader, PretrainLoader, SplitLoader, TrainingLoader
 from meter_fast.data.order import SampleOrder
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.spans import add_sentinels, longest_target, open_denoiser, sentinel, sentinels_for
 from meter_fast.data.text import TextPipeline
@@ -123,6 +124,13 @@ def open_images(config: RunConfig, world: World, dtype: torch.dtype, most: int =
     )  # fmt: skip
 
 
+def open_augmentation(config: RunConfig) -> RandAugment | None:
+    """What training pictures undergo before they are resized, None for nothing."""
+    if config.data.augment == "none":
+        return None
+    return RandAugment(config.data.augment, config.run.seed, config.engine.global_batch)
+
+
 def _sentinels(config: RunConfig) -> int:
     return sentinels_for(*_spans(config))
 
@@ -197,6 +205,7 @@ def open_pairs(
         sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,
         accumulation=accumulation, negatives=goals.itm_negatives, seed=config.run.seed, workers=data.workers,
         prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels, cells=cells,
+        augment=open_augmentation(config),
     )  # fmt: skip
     held_out, validation = None, None
     if data.val_sources:

@@ -5,6 +5,7 @@ Knows settings and the data room. Knows nothing of models beyond the number of a
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -59,8 +60,8 @@ def open_question_loaders(
     assert answers is not None
     held_out = open_questions(data.val_sources, data.root, data.val_split) if data.val_sources else None
 
-    def assemble(asked: Sources, text: TextPipeline, images: ImageBackend, replace: bool) -> QuestionAssembler:
-        return QuestionAssembler(asked, text, images, config.run.seed, len(answers), data.max_image_pixels, replace)
+    def assemble(asked: Sources, text: TextPipeline, images: ImageBackend, *how: Any) -> QuestionAssembler:
+        return QuestionAssembler(asked, text, images, config.run.seed, len(answers), data.max_image_pixels, *how)
 
     made = open_loaders(config, world, sources, held_out, tokenizer, folder, accumulation, dtype, assemble)
     return replace(made, answers=answers)

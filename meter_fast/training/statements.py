@@ -2,6 +2,7 @@
 models or steps."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -34,7 +35,7 @@ def open_statement_loaders(
     data = config.data
     held_out = open_statements(task, data.val_sources, data.root, data.val_split) if data.val_sources else None
 
-    def assemble(said: Sources, text: TextPipeline, images: ImageBackend, replace: bool) -> StatementAssembler:
-        return StatementAssembler(said, text, images, config.run.seed, data.max_image_pixels, replace)
+    def assemble(said: Sources, text: TextPipeline, images: ImageBackend, *how: Any) -> StatementAssembler:
+        return StatementAssembler(said, text, images, config.run.seed, data.max_image_pixels, *how)
 
     return open_loaders(config, world, sources, held_out, tokenizer, folder, accumulation, dtype, assemble)

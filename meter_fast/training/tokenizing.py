@@ -18,7 +18,7 @@ from meter_fast.data.sources import Sources, open_sources
 from meter_fast.models.image_tokenizer import save_image_tokenizer
 from meter_fast.models.vq_vae import VqVae
 from meter_fast.objectives.reconstruction import ReconstructionLoss
-from meter_fast.training.pairs import Pairs
+from meter_fast.training.pairs import Pairs, open_augmentation
 from meter_fast.training.world import World
 
 SHOWN = 8  # pictures
@@ -36,7 +36,7 @@ def open_pictures(
         data.backend, image_transform(data.transform, config.image_tokenizer.image_size), world.device, dtype,
         threads=max(1, data.workers), max_batch=max(4, engine.micro_batch),
     )  # fmt: skip
-    assembler = PictureAssembler(sources, backend, seed, data.max_image_pixels)
+    assembler = PictureAssembler(sources, backend, seed, data.max_image_pixels, augment=open_augmentation(config))
     slices = micro_slices(engine.global_batch, world.size, engine.micro_batch, world.rank, accumulation, pairs=False)
     loader = TrainingLoader(order, assembler, slices, data.workers, data.prefetch, data.max_bad_share)
     held_out, validation = None, None

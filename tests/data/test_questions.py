@@ -20,6 +20,7 @@ from meter_fast.data.loader import TrainingLoader
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices
 from meter_fast.data.question_tables import open_questions
 from meter_fast.data.questions import QuestionAssembler
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.samples import BadDataError
 from meter_fast.data.sources import SourceError
 from meter_fast.data.tables import TableError
@@ -90,12 +91,16 @@ def told(batches: list[VqaBatch]) -> list[tuple]:
     ]
 
 
-def global_batches(sources, tokenizer, steps: tuple[int, int], world: int = 1, micro: int = 24, size: int = 24):
+def global_batches(
+    sources, tokenizer, steps: tuple[int, int], world: int = 1, micro: int = 24, size: int = 24, **options: object
+):
     """The global batches of a range of steps, put together from all ranks, and the loaders."""
     loaders = []
     for rank in range(world):
         order, slices = SampleOrder(sources.sizes, 3, size), micro_slices(size, world, micro, rank, pairs=False)
-        loaders.append(TrainingLoader(order, assembler_of(sources, tokenizer), slices, 0, 1, max_bad_share=0.9))
+        loaders.append(
+            TrainingLoader(order, assembler_of(sources, tokenizer, **options), slices, 0, 1, max_bad_share=0.9)
+        )
     together = []
     for parts in zip(*(loader.steps(*steps) for loader in loaders), strict=True):
         together.append(told([batch for several in zip(*parts, strict=True) for batch in several]))
@@ -297,6 +302,25 @@ def test_every_division_gives_the_same_global_batches(request, tokenizer, kind: 
     if kind == "spoilt":
         causes = {"truncated", "not an image", "zero bytes", "undecodable", "empty caption"}
         assert set(plain.skipped) <= causes and len(plain.skipped) >= 3, plain.skipped
+
+
+@pytest.mark.parametrize("kind", ["asked", "spoilt"])
+def test_every_division_augments_alike(request, tokenizer, kind: str) -> None:
+    """Questions of a step about one picture see it alike, whether they share a micro-batch or not."""
+    sources, draw = request.getfixturevalue(kind), RandAugment("randaugment_published", 3, 24)
+    whole, _ = global_batches(sources, tokenizer, (0, 6), augment=draw)
+    for world, micro in ((1, 8), (2, 4), (3, 2)):
+        assert global_batches(sources, tokenizer, (0, 6), world, micro, augment=draw)[0] == whole
+    plain, _ = global_batches(sources, tokenizer, (0, 6))
+    changed = 0
+    for step, (augmented, bare) in enumerate(zip(whole, plain, strict=True)):
+        assert [row[:4] for row in augmented] == [row[:4] for row in bare]
+        changed += sum(a[4] != b[4] for a, b in zip(augmented, bare, strict=True))
+        seen: dict[int, bytes] = {}
+        for row in augmented:
+            picture = int(sources.image_ids(np.array([row[0]]))[0])
+            assert seen.setdefault(picture, row[4]) == row[4], step
+    assert changed > 100
 
 
 def test_a_pass_reads_each_answered_question_once(asked, tokenizer) -> None:

@@ -20,3 +20,10 @@ def test_text_encoders_bring_their_tokenizer() -> None:
     assert resolve(["vqa", "text=bert_base"]).data.tokenizer == "bert-base-uncased"
     assert resolve(["vqa"]).data.tokenizer == "roberta-base"
     assert resolve(["vqa", "size=tiny", "text=bert_base"]).data.tokenizer == "init"
+
+
+def test_augmentation_is_the_published_one_at_size_base() -> None:
+    for settings in ([], ["published=true"], ["vision=swin_b_384"]):
+        assert resolve(["vqa", *settings]).data.augment == "randaugment_published"
+    assert resolve(["vqa", "data.augment=randaugment"]).data.augment == "randaugment"
+    assert resolve(["vqa", "size=tiny"]).data.augment == resolve(["pretrain"]).data.augment == "none"

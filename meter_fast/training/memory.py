@@ -1,0 +1,124 @@
+"""How much memory a run takes on each process, before it takes any. Knows settings and what DeepSpeed keeps of a model;
+the passes are traced by activations.py.
+
+Source of the parts that ZeRO divides: Rajbhandari et al. 2020, figure 1, and DeepSpeed 0.19 as this engine uses it:
+gradients of bf16 weights are added up in fp32 (stage 1 keeps the sums whole), and from stage 1 on the optimizer has
+fp32 masters of its own, with fp32 weights, too. Not counted: the gathered weights of ZeRO-3 (a module at a time), the
+memory pool of the device's own (fragments, CUDA context) and what the loader keeps ahead.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from meter_fast.config import RunConfig
+from meter_fast.training.activations import Activations, module_without_values, trace_activations
+from meter_fast.training.engine import DTYPES, deepspeed_config
+from meter_fast.training.layer_decay import layers_above
+from meter_fast.training.optimizer import parameter_groups
+from meter_fast.training.tasks import task_of
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process's device, or of its host where `host` says so.
+
+    weights: in the run's dtype, frozen ones included. gradients: what is added up over micro-batches. masters: fp32
+    weights of the optimizer. moments: of Adam. buckets: where gradients wait to be reduced (stages 2 and 3). update:
+    what the optimizer needs for a moment for its largest group. logits: fp32, a part of the activations. activations:
+    of the largest micro-batch, None where they are not known. host: masters, moments and update are in host memory.
+    """
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    buckets: int
+    update: int
+    logits: int
+    activations: Activations | None
+    host: bool
+
+    @property
+    def state(self) -> int:
+        """What is there for the whole run, on the device."""
+        return self.weights + self.gradients + (0 if self.host else self.masters + self.moments)
+
+    @property
+    def on_host(self) -> int:
+        """What offloading moves to the host: the optimizer's state and the gradients that it reads."""
+        return self.masters + self.moments + self.update if self.host else 0
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once, on the device: in the passes or in the update."""
+        passes = self.buckets
+        if self.activations is not None:
+            passes += self.activations.batch + self.activations.peak
+        return self.state + max(passes, 0 if self.host else self.update)
+
+
+def estimate_memory(
+    config: RunConfig, world_size: int, device: str | torch.device = "cpu", activations: bool = True
+) -> Memory:
+    """The memory of a run on each of `world_size` processes. config: with the sizes that the data tell.
+
+    activations: trace the passes, which takes seconds (see trace_activations). Raises ConfigError where the DeepSpeed
+    file cannot be read, NotTraced where model or passes cannot be traced.
+    """
+    trained, frozen, largest = _sizes(config)
+    zero, low = config.engine.zero, DTYPES[config.engine.dtype].itemsize
+    settings = deepspeed_config(config, world_size)["zero_optimization"]
+
+    def share(stage: int) -> int:
+        return world_size if zero >= stage else 1
+
+    summed = 4 if zero else low
+    bucket = min(int(settings.get("reduce_bucket_size", 0)), trained) if zero >= 2 else 0
+    traced = None
+    if activations:
+        traced = trace_activations(config, config.engine.activation_checkpointing, device)
+    return Memory(
+        weights=(trained + frozen) * low // share(3),
+        gradients=trained * summed // share(2),
+        masters=4 * trained // share(1) if zero or low < 4 else 0,
+        moments=8 * trained // share(1),
+        buckets=4 * bucket * (2 if settings.get("overlap_comm") else 1),
+        update=_update(trained, largest, zero, low) // share(1),
+        logits=_logits(config),
+        activations=traced,
+        host=config.engine.offload == "cpu",
+    )
+
+
+def _update(trained: int, largest: int, zero: int, low: int) -> int:
+    """Denominators of the largest group, and gradients that DeepSpeed copies for the optimizer: in fp32 a group at
+    stage 1 and 2, where bf16 has summed them up in the right place; all of them, as fp32, at stage 0 of bf16."""
+    if zero == 0:
+        return 4 * largest + (4 * trained if low < 4 else 0)
+    return 4 * largest * (2 if low == 4 and zero < 3 else 1)
+
+
+def _sizes(config: RunConfig) -> tuple[int, int, int]:
+    """Numbers that are trained, that are frozen, and of the largest group of the optimizer."""
+    model = module_without_values(config).model
+    above = partial(layers_above, config=config.model)
+    name = task_of(config.objectives.names).parameter_name
+    groups = parameter_groups(model.named_parameters(), config.optim, name, above)
+    counts = [sum(p.numel() for p in group["params"]) for group in groups]
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return sum(counts), frozen, max(counts, default=0)
+
+
+def _logits(config: RunConfig) -> int:
+    """Of the largest head alone, in fp32."""
+    goals, rows, length = config.objectives, config.engine.micro_batch, config.data.max_text_length
+    words = config.model.text.vocab_size
+    scores = {
+        "mlm": max(1, round(goals.mlm_probability * rows * length)) * words,
+        "span_denoising": rows * length * words,
+        "caption": rows * length * words,
+        "vqa": rows * config.model.vqa_answers,
+    }
+    return 4 * max((scores[name] for name in goals.names if name in scores), default=0)
