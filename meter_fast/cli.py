@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--pairs", type=int, metavar="N", help="score N pairs (default: all)")
     evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval: among N pictures (default: all)")
+    evaluate.add_argument(
+        "--scores", type=Path, metavar="DIR", help="retrieval: keep scores there, and go on from them"
+    )
+    evaluate.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="retrieval: of the model")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     evaluate.set_defaults(run=evaluate_model)
 
@@ -142,8 +146,11 @@ def evaluate_recall(arguments: argparse.Namespace) -> None:
     if arguments.pictures is not None and arguments.pictures < 2:
         raise ValueError(f"--pictures {arguments.pictures}: give 2 or more")
     scores = evaluate_retrieval(
-        arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True)
-    )
+        arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True),
+        scores=arguments.scores, dtype=arguments.dtype,
+    )  # fmt: skip
+    if scores is None:  # the main process has them
+        return
     print("\n".join(lines(scores)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

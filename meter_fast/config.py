@@ -23,6 +23,7 @@ from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 
 T = TypeVar("T")
 FINE_TUNING = ("vqa", "reconstruction")  # objectives with batches of their own; the others share pairs
+RETRIEVAL = {"retrieval", "itm"}  # of these pairs, too, but scored by recall
 
 
 class ConfigError(ValueError):
@@ -55,11 +56,16 @@ class ObjectivesConfig:
     """What the model is trained on."""
 
     names: tuple[
-        Literal["mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption", "vqa", "reconstruction"], ...
-    ] = ("mlm", "itm")
+        Literal[
+            "mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption", "vqa", "retrieval", "reconstruction"
+        ],
+        ...,
+    ] = ("mlm", "itm")  # fmt: skip
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
+    false_texts: int = 15  # of retrieval, for each picture
+    false_text_choice: Literal["other_picture", "dataset"] = "other_picture"  # never the picture's own, or as published
     mim_probability: float = 0.15  # of a picture's cells; rounded to whole ones, at least one
     mim_negatives: Literal["batch", "all_ranks"] = "batch"  # whose cells are the candidates of mim_in_batch
     image_tokenizer: str = ""  # for mim_codes: an export folder of one, or a file of the published DALL-E encoder
@@ -279,6 +285,9 @@ def check(config: RunConfig) -> None:
         (math.isfinite(run.max_epochs) and run.max_epochs >= 0, "run.max_epochs", run.max_epochs, "0 or more"),
         (len(objectives.names) == 1 or not alone, "objectives.names",
          ",".join(objectives.names), f"{', '.join(alone)} trains alone, on data of its own"),
+        ("retrieval" not in objectives.names or set(objectives.names) <= RETRIEVAL, "objectives.names",
+         ",".join(objectives.names), "retrieval trains alone or with itm"),
+        (objectives.false_texts >= 1, "objectives.false_texts", objectives.false_texts, "1 or more"),
         (not engine.activation_checkpointing or "reconstruction" not in objectives.names,
          "engine.activation_checkpointing", "true", "an image tokenizer is small and trains without: use false"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),

@@ -213,3 +213,18 @@ def check_vocabulary(model: Meter, tokenizer) -> None:
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.text.vocab_size}: "
             "name the tokenizer that the model was trained with (data.tokenizer=FOLDER)"
         )
+
+
+if __name__ == "__main__":  # what a launcher starts on each process: `meter-fast evaluate`
+    import sys
+
+    from meter_fast.cli import EXIT_WRONG_INPUT, main
+    from meter_fast.training.world import StoppedTogether
+
+    try:
+        code = main(["evaluate", *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))])
+    except StoppedTogether:  # the main process has said why
+        code = EXIT_WRONG_INPUT
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

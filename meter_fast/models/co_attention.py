@@ -1,7 +1,8 @@
 """Co-attention fusion: text and image streams that read each other in every layer. Knows no encoders, no heads.
 
-Shape letters: P pairs, T distinct texts, L text tokens, N distinct pictures, V image tokens, H heads, K head size, D fusion width.
-Source: METER, section 3.2 (co-attention, figure 2b) and `modules/meter_module.py`; post-norm as in BERT.
+Shape letters: P pairs, T distinct texts, L text tokens, N distinct pictures, V image tokens, H heads, K head size,
+D fusion width. Source: METER, section 3.2 (co-attention, figure 2b) and `modules/meter_module.py`; post-norm as in
+BERT.
 
 Three exact savings live here. The last layer computes only rows that the caller reads (`Need`). Several readers of
 the same pictures go through the layers together (`Part`). What depends on the picture alone or on the text alone

@@ -7,8 +7,8 @@ where co-attention has 6 pairs. At a width of 768 these are 85.1 M parameters in
 CLIP-B/16 and roberta-base has 329.5 M instead of 357.9 M; with 16 layers it has as many to 0.01 %.
 
 Savings, all exact: the last layer computes only rows that the caller reads (`Need`), several readers of the same
-pictures go through the layers together (`Part`), and each picture and each text is projected once. The picture stands first in the
-sequence, so that padding comes last; attention does not depend on the order.
+pictures go through the layers together (`Part`), and each picture and each text is projected once. The picture stands
+first in the sequence, so that padding comes last; attention does not depend on the order.
 """
 
 import torch

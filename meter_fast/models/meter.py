@@ -135,8 +135,8 @@ class Meter(nn.Module):
     ) -> tuple[Fused, ...]:
         """Several `fuse` at once over shared pictures: the same results, with less work.
 
-        text [T,L,D_text] and text_mask [T,L] hold the parts' texts one after the other, or in any order where parts tell
-        their texts; image [N,V,D_vision] each picture once. With dropout on, pairs share the mask of what is computed
+        text [T,L,D_text] and text_mask [T,L] hold the parts' texts one after the other, or in any order where parts
+        tell theirs; image [N,V,D_vision] each picture once. With dropout on, pairs share the mask of what is computed
         once per picture or text. packings: one for each part's pairs, of their rows of `text_mask`, if known;
         co-attention uses them if kernels.text is "packed". Raises ValueError where only some parts tell their texts.
         """

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from meter_fast.data.batch import Batch
 from meter_fast.models.meter import Meter
 from meter_fast.models.packing import Packing
-from meter_fast.objectives import caption, itm, mim_codes, mim_in_batch, mlm, reconstruction, span_denoising, vqa
+from meter_fast.objectives import (
+    caption,
+    itm,
+    mim_codes,
+    mim_in_batch,
+    mlm,
+    reconstruction,
+    retrieval,
+    span_denoising,
+    vqa,
+)
 from meter_fast.objectives.losses import Losses
 from meter_fast.objectives.reading import Reading
 
@@ -31,6 +41,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "span_denoising": span_denoising,
     "caption": caption,
     "vqa": vqa,
+    "retrieval": retrieval,
 }
 SETTINGS = {  # that give a model the head
     "mlm_head": "mlm_head=true",
@@ -39,6 +50,7 @@ SETTINGS = {  # that give a model the head
     "mim_codes_head": "mim_codes_head=NUMBER",
     "lm_head": "decoder.layers=3",
     "vqa_head": "vqa_answers=NUMBER",
+    "rank_head": "rank_head=true",
 }
 
 

@@ -11,9 +11,16 @@ from collections.abc import Callable, Sequence
 from meter_fast.config import ConfigError, RunConfig, override
 from meter_fast.recipes.image_tokenizer import image_tokenizer
 from meter_fast.recipes.pretrain import pretrain
+from meter_fast.recipes.retrieval import retrieval_coco, retrieval_f30k
 from meter_fast.recipes.vqa import vqa
 
-RECIPES: dict[str, Callable[..., RunConfig]] = {"pretrain": pretrain, "vqa": vqa, "image_tokenizer": image_tokenizer}
+RECIPES: dict[str, Callable[..., RunConfig]] = {
+    "pretrain": pretrain,
+    "vqa": vqa,
+    "retrieval_f30k": retrieval_f30k,
+    "retrieval_coco": retrieval_coco,
+    "image_tokenizer": image_tokenizer,
+}
 
 
 def resolve(argv: Sequence[str]) -> RunConfig:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from meter_fast.config import ConfigError, DataConfig, RunConfig
 from meter_fast.data.answers import Answers
+from meter_fast.data.false_texts import FalseTexts
 from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.loader import EvaluationLoader, PretrainLoader, SplitLoader, TrainingLoader
 from meter_fast.data.order import SampleOrder
@@ -192,10 +193,14 @@ def open_pairs(
     text = TextPipeline(tokenizer, data.max_text_length, goals.masking, goals.mlm_probability, denoiser)
     backend = open_images(config, world, dtype)
     cells = open_cells(goals, config.model.vision, backend.transform, world.device)
+    false_texts = None
+    if "retrieval" in goals.names:
+        false_texts = FalseTexts(sources, config.run.seed, goals.false_texts, goals.false_text_choice)
     loader = PretrainLoader(
         sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,
         accumulation=accumulation, negatives=goals.itm_negatives, seed=config.run.seed, workers=data.workers,
         prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels, cells=cells,
+        false_texts=false_texts,
     )  # fmt: skip
     held_out, validation = None, None
     if data.val_sources:

@@ -1,5 +1,5 @@
-"""Texts that stand in several pairs go once through projection and first self-attention: the same outputs and gradients,
-less work."""
+"""Texts that stand in several pairs go once through projection and first self-attention: the same outputs and
+gradients, less work."""
 
 from dataclasses import replace
 
