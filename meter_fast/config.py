@@ -24,6 +24,7 @@ from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 T = TypeVar("T")
 FINE_TUNING = ("vqa", "reconstruction")  # objectives with batches of their own; the others share pairs
 RETRIEVAL = {"retrieval", "itm"}  # of these pairs, too, but scored by recall
+NO_PRETRAINING = (*FINE_TUNING, "retrieval")  # objectives that make a run another task
 
 
 class ConfigError(ValueError):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import meter_fast
-from meter_fast.config import FINE_TUNING, DataConfig, RunConfig, from_dict, override
+from meter_fast.config import NO_PRETRAINING, DataConfig, RunConfig, from_dict, override
 from meter_fast.data.answers import Answers, names_in_tables, read_answers
 from meter_fast.data.batch import Batch
 from meter_fast.data.images import image_transform, open_backend
@@ -190,9 +190,9 @@ def _settings_of(path: Path, task: str) -> RunConfig:
     """The resolved recipe of a run directory; for anything else the task's recipe."""
     if (path / "run.json").is_file():
         config = from_dict(RunConfig, read_json(path / "config.json"))
-        own = [name for name in config.objectives.names if name in FINE_TUNING]
+        own = [name for name in config.objectives.names if name in NO_PRETRAINING]
         if own and task != own[0]:
-            hint = f": meter-fast evaluate {path} vqa" if own[0] == "vqa" else ""
+            hint = f": meter-fast evaluate {path} {own[0]}" if own[0] in ("vqa", "retrieval") else ""
             raise ValueError(f"{path} is a run of {own[0]}, not of {task}{hint}")
         return config
     return resolve([task])

@@ -32,6 +32,7 @@ from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.evaluate import check_vocabulary, held_out_names, parted, tokenizer_of
 from meter_fast.models.files import read_json
 from meter_fast.models.meter import Meter
+from meter_fast.predict import place_of
 from meter_fast.recall import DEPTHS, Retrieval
 from meter_fast.recipes import resolve
 from meter_fast.score_retrieval import (
@@ -39,7 +40,6 @@ from meter_fast.score_retrieval import (
     Split,
     check_head,
     encode_texts,
-    place_of,
     readable,
     score_pictures,
 )

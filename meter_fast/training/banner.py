@@ -69,6 +69,9 @@ def _objectives(config: RunConfig, pairs: Pairs) -> str:
         parts.append(f"{config.model.mim_codes_head:,} codes of {chosen.image_tokenizer}")
     if "itm" in chosen.names:
         parts.append(f"false pictures from the {chosen.itm_negatives}")
+    if "retrieval" in chosen.names:
+        origin = "other pictures" if chosen.false_text_choice == "other_picture" else "the data set"
+        parts.append(f"{chosen.false_texts} false texts of {origin} for each picture")
     return "; ".join(parts)
 
 

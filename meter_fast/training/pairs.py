@@ -26,6 +26,7 @@ from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.spans import add_sentinels, longest_target, open_denoiser, sentinel, sentinels_for
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from meter_fast.score_retrieval import HeldOutPictures
 from meter_fast.training.masked_images import open_cells
 from meter_fast.training.world import World
 
@@ -44,7 +45,7 @@ class Pairs:
     loader: TrainingLoader
     backend: ImageBackend
     held_out: Sources | None
-    validation: SplitLoader | None
+    validation: SplitLoader | HeldOutPictures | None
     answers: Answers | None = None  # of visual question answering
 
     def identity(self) -> dict[str, Any]:
