@@ -42,7 +42,7 @@ def test_never_of_the_picture_nor_in_the_words_of_the_true_text():
     counts = Counter(drawn)
     possible = {sources.read(n).text for n in range(3, 18)} - {"the same words"}
     assert counts.keys() == possible
-    assert max(counts.values()) < 1.3 * min(counts.values())  # uniform over items
+    assert max(counts.values()) < 1.7 * min(counts.values())  # uniform over items
     elsewhere = [t for p in range(50) for t in texts.draw(own(sources, 1), p, skips)]
     assert "the same words" in elsewhere and not any(text.startswith("picture 0 ") for text in elsewhere)
 

@@ -127,10 +127,11 @@ def test_pictures_are_shared_exactly(fusion: str, objectives: tuple[str, ...], n
     losses = JointLoss(model, objectives)(batch)
     handle.remove()
     ours = gradients(model, losses.loss)
-    assert losses.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    exact = 1e-6 if "itm" in objectives else 1e-9  # the loss of ITM is computed in float32
+    assert losses.loss.item() == pytest.approx(expected.item(), rel=exact)
     assert ours.keys() == theirs.keys() and any(name.startswith("rank_head.") for name in ours)
     for name, value in theirs.items():
-        assert torch.allclose(ours[name], value, rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(ours[name], value, rtol=exact, atol=1e-3 * exact), name
     assert seen == [6 + (len(batch.false_images) if "itm" in objectives and batch.false_images is not None else 0)]
 
 

@@ -27,7 +27,7 @@ def retrieval_configuration() -> RunConfig:
     config = configuration(0.0)
     return replace(
         config,
-        model=replace(config.model, mlm_head=False, rank_head=True),
+        model=replace(config.model, mlm_head=False, rank_head=True, fusion=replace(config.model.fusion, layers=2)),
         objectives=ObjectivesConfig(names=("retrieval", "itm"), false_texts=FALSE),
         run=replace(config.run, max_steps=STEPS),
     )

@@ -12,6 +12,7 @@ from small_run import assert_same_bits, settings, tensors, write_table
 
 import meter_fast
 from meter_fast.config import ConfigError, RunConfig, RunOptions
+from meter_fast.data.tokenizer import load_tokenizer
 from meter_fast.interop import original_name, original_names
 from meter_fast.models.export import save_export
 from meter_fast.models.meter import Meter
@@ -25,6 +26,7 @@ CASES = [
     {"zero": 2, "dtype": "bf16", "accumulation": 1},
     {"zero": 3, "dtype": "fp32", "accumulation": 1},
 ]
+LAYERS = "model.fusion.layers=2"  # so that there is a first one whose work is shared
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}  # largest relative difference of the loss
 
 
@@ -47,7 +49,8 @@ def test_steps_are_those_of_the_plain_loop(ranks: RankServer, tmp_path: Path) ->
 def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a model with an ITM head, and the held-out table of the recipe beside that of training."""
     write_table(data / "coco_caption_karpathy_val.arrow", 20, 500)
-    config = resolve(["pretrain", "size=tiny", *settings(data), "model.text.vocab_size=128"]).model
+    words = len(load_tokenizer(data / "tokenizer"))
+    config = resolve(["pretrain", "size=tiny", *settings(data, f"model.text.vocab_size={words}", LAYERS)]).model
     torch.manual_seed(3)
     return save_export(Meter(config), tmp_path_factory.mktemp("pretrained") / "export", data / "tokenizer")
 
@@ -57,7 +60,7 @@ def asked(data: Path, start: Path, *more: str) -> list[str]:
     return [
         *settings(data), "data.sources=arrow:coco_caption_karpathy_train", "data.val_pairs=5", "run.max_steps=6",
         "data.val_sources=arrow:coco_caption_karpathy_val", "run.max_epochs=0", "run.eval_every=3", "run.save_every=6",
-        f"run.init={start}", "objectives.false_texts=3", "engine.dtype=fp32", *more,
+        f"run.init={start}", "objectives.false_texts=3", "engine.dtype=fp32", LAYERS, *more,
     ]  # fmt: skip
 
 
