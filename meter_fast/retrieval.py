@@ -86,7 +86,7 @@ def score_retrieval(
     skipped = Counter() if skipped is None else skipped
     split = Split.of(sources, max_pictures, skipped)
     with ExitStack() as stack:
-        table, ids = _open_table(model, text, split, folder, world, stack), text.encode(split.different)
+        table, ids = _open_table(model, text, split, backend, folder, world, stack), text.encode(split.different)
         left = world.together(table.left)
         own = left[world.rank :: world.size]
         was_training = model.training
@@ -105,14 +105,20 @@ def score_retrieval(
 
 
 def _open_table(
-    model: Meter, text: TextPipeline, split: Split, folder: Path | None, world: Any, stack: ExitStack
+    model: Meter,
+    text: TextPipeline,
+    split: Split,
+    backend: ImageBackend,
+    folder: Path | None,
+    world: Any,
+    stack: ExitStack,
 ) -> ScoreTable:
     """The table in `folder`, or in a temporary one which `stack` removes. Collective."""
     if folder is None:
         made = world.together(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="meter-fast-")))
         folder, whose = Path(made), {}
     else:
-        whose = _whose(model, text, split) if world.is_main else {}
+        whose = _whose(model, text, split, backend) if world.is_main else {}
     sizes = len(split), len(split.different)
     world.together(lambda: ScoreTable.prepare(folder, *sizes, {"block": PICTURES_PER_BLOCK, **whose}))
     if not folder.is_dir():
@@ -143,7 +149,7 @@ def _finished(table: ScoreTable, split: Split, skipped: Counter, world: Any) -> 
     return found[0]
 
 
-def _whose(model: Meter, text: TextPipeline, split: Split) -> dict[str, str]:
+def _whose(model: Meter, text: TextPipeline, split: Split, backend: ImageBackend) -> dict[str, str]:
     """What scores depend on: weights and their dtype, pictures by name, captions, tokens."""
     weights = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -156,7 +162,7 @@ def _whose(model: Meter, text: TextPipeline, split: Split) -> dict[str, str]:
         "captions": _hash(split.different),
         "tokens": _hash(map(str, text.encode(split.different))),
         "dtype": str(place_of(model)[1]),
-        "image_size": str(model.config.vision.image_size),
+        "transform": f"{backend.transform.name} {backend.transform.size}",
     }
 
 
