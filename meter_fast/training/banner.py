@@ -88,7 +88,8 @@ def _parameters(model: nn.Module) -> str:
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
     text = f"{millions(sum(counts.values()))} parameters: "
     text += ", ".join(f"{name} {millions(count)}" for name, count in counts.items())
-    return text + (f"; {millions(frozen)} frozen: no objective reaches or changes them" if frozen else "")
+    kept = ", or to keep the ITM head" if getattr(model, "rank_head", None) is not None else ""
+    return text + (f"; {millions(frozen)} frozen, as no objective reaches them{kept}" if frozen else "")
 
 
 def millions(count: int) -> str:
