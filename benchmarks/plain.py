@@ -58,5 +58,5 @@ def plain_match_scores(model: Meter, images: Tensor, ids: list[list[int]], lengt
     for picture in images:
         image = model.encode_image(picture.expand(len(ids), *picture.shape))
         cls = model.fuse(model.encode_text(texts, mask), image, mask).cls
-        rows.append(model.rank_head(cls)[:, 0].float().cpu())
+        rows.append(model.rank_head(cls)[:, 0].float())
     return torch.stack(rows)

@@ -10,6 +10,7 @@ for a split of 1000 pictures and 5000 captions.
 """
 
 import argparse
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -21,8 +22,9 @@ from benchmarks.flops import count_flops
 from benchmarks.plain import PLAIN, plain_match_scores
 from benchmarks.record import append
 from meter_fast.models import config as models
+from meter_fast.models.config import KernelsConfig
 from meter_fast.models.meter import Meter
-from meter_fast.score_retrieval import encode_texts, match_scores, pairs_at_once
+from meter_fast.score_retrieval import PICTURES_PER_BLOCK, encode_texts, match_scores, pairs_at_once, ranked
 
 PADDED = 40  # tokens, max_text_len of the published retrieval
 CAPTION = 13  # tokens of an average caption, specials included
@@ -56,21 +58,20 @@ def shared(model: Meter, pixels: Tensor, ids: list[list[int]]) -> Tensor:
 
 def flops_per_pair(config: models.ModelConfig, pictures: int, texts: int) -> dict[str, float]:
     """Of the plain form, and of ours where `pictures` and `texts` of CAPTION tokens are scored against each other."""
-    ids = captions(config, 1)
-
-    def ours(n: int, t: int) -> int:
-        return count_flops(lambda: shared(Meter(config).eval(), torch.empty(n, 3, *side), ids * t))
-
-    side = (config.vision.image_size,) * 2
-    plain = count_flops(lambda: plain_match_scores(Meter(config, kernels=PLAIN).eval(), torch.empty(1, 3, *side), ids,
-                                                   PADDED))  # fmt: skip
     with torch.device("meta"):
-        group = pairs_at_once(Meter(config, load_weights=False)) // 2
-    n, t = min(pictures, 8), min(texts, group)
-    encode_image = count_flops(lambda: Meter(config).eval().encode_image(torch.empty(1, 3, *side)))
-    encode_text = count_flops(lambda: encode_texts(Meter(config).eval(), ids))
-    pairs = (ours(n, t) - n * encode_image - t * encode_text) / (n * t)
-    return {"plain": plain, "shared": pairs + encode_image / texts + encode_text / pictures}
+        plain, ours = (
+            Meter(config, load_weights=False, kernels=kernels).eval() for kernels in (PLAIN, KernelsConfig())
+        )
+        pixels = torch.empty(1, 3, *(config.vision.image_size,) * 2)
+    ids, at_once = captions(config, 1), pairs_at_once(ours)
+    side_by_side = min(pictures, PICTURES_PER_BLOCK), min(texts, max(1, at_once // 2))
+    image = ours.encode_image(pixels).expand(side_by_side[0], -1, -1)
+    (group,) = encode_texts(ours, ids * side_by_side[1])
+    once = (
+        count_flops(lambda: ours.encode_image(pixels)) / texts + count_flops(lambda: encode_texts(ours, ids)) / pictures
+    )
+    pairs = count_flops(lambda: list(ranked(ours, image, group, at_once))) / math.prod(side_by_side)
+    return {"plain": count_flops(lambda: plain_match_scores(plain, pixels, ids, PADDED)), "shared": pairs + once}
 
 
 def main() -> None:
@@ -106,7 +107,7 @@ def measure(arguments: argparse.Namespace, config: models.ModelConfig, case: str
     ours.load_state_dict(plain.state_dict())
     ids, pixels = captions(config, arguments.texts, spread=2), images(config, arguments.pictures).to(device, dtype)
     sides = {
-        "plain": lambda: plain_match_scores(plain, pixels, ids, PADDED),
+        "plain": lambda: plain_match_scores(plain, pixels, ids, PADDED).cpu(),
         "shared": lambda: shared(ours, pixels, ids),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}

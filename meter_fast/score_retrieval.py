@@ -10,7 +10,7 @@ texts of a group, L text tokens, V image tokens, D width.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,17 +80,25 @@ def match_scores(
     at_once = pairs_at_once(model) if at_once is None else at_once
     scores = torch.empty(len(image), sum(len(part.columns) for part in texts))
     for part in texts:
-        count, first = len(part.columns), 0
-        each = torch.arange(count, device=image.device)
-        for some in image.split(max(1, at_once // count)):
-            pictures = torch.arange(len(some), device=image.device).repeat_interleave(count)
-            wanted = Part(Need.CLS, len(pictures), pictures, each.repeat(len(some)))
-            (fused,) = model.fuse_parts(part.features, some, part.mask, (wanted,))
-            scores[first : first + len(some), part.columns] = rank(model, fused.cls).view(len(some), count).cpu()
-            first += len(some)
+        first = 0
+        for found in ranked(model, image, part, at_once):
+            scores[first : first + len(found), part.columns] = found.cpu()
+            first += len(found)
             if progress is not None:
-                progress(len(pictures))
+                progress(found.numel())
     return scores
+
+
+def ranked(model: Meter, image: Tensor, part: EncodedTexts, at_once: int) -> Iterator[Tensor]:
+    """The scores of image [P,V,D] against a group of texts, of as many pictures at a time as make `at_once` pairs:
+    [p,C] float32."""
+    count = len(part.columns)
+    each = torch.arange(count, device=image.device)
+    for some in image.split(max(1, at_once // count)):
+        pictures = torch.arange(len(some), device=image.device).repeat_interleave(count)
+        wanted = Part(Need.CLS, len(pictures), pictures, each.repeat(len(some)))
+        (fused,) = model.fuse_parts(part.features, some, part.mask, (wanted,))
+        yield rank(model, fused.cls).view(len(some), count)
 
 
 def rank(model: Meter, cls: Tensor) -> Tensor:
