@@ -65,7 +65,7 @@ def flops_per_pair(config: models.ModelConfig, pictures: int, texts: int) -> dic
         pixels = torch.empty(1, 3, *(config.vision.image_size,) * 2)
     ids, at_once = captions(config, 1), pairs_at_once(ours)
     side_by_side = min(pictures, PICTURES_PER_BLOCK), min(texts, max(1, at_once // 2))
-    image = ours.encode_image(pixels).expand(side_by_side[0], -1, -1)
+    image = ours.encode_image(pixels).detach().expand(side_by_side[0], -1, -1)
     (group,) = encode_texts(ours, ids * side_by_side[1])
     once = (
         count_flops(lambda: ours.encode_image(pixels)) / texts + count_flops(lambda: encode_texts(ours, ids)) / pictures
