@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.6"],
+        "caption": ["pycocoevalcap>=1.2"],  # scores of captions; 100 MB, most of it Java that is not used
         "dev": ["pytest>=8", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["meter-fast = meter_fast.cli:main"]},

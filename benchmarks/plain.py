@@ -1,4 +1,5 @@
-"""Pre-training and retrieval without any saving, as published: whole passes, logits everywhere, full last layers.
+"""Pre-training, retrieval and prediction without any saving, as published: whole passes, logits everywhere, full last
+layers.
 
 The other side of every comparison, and the oracle of the tests of the exact savings.
 """
@@ -60,3 +61,29 @@ def plain_match_scores(model: Meter, images: Tensor, ids: list[list[int]], lengt
         cls = model.fuse(model.encode_text(texts, mask), image, mask).cls
         rows.append(model.rank_head(cls)[:, 0].float())
     return torch.stack(rows)
+
+
+def plain_scores(model: Meter, head: str, pictures: tuple[Tensor, ...], ids: Tensor, mask: Tensor) -> Tensor:
+    """What a head says of B requests, as the published code asks it: every picture encoded as often as it is asked
+    about, the text once for each picture of a request, and the head of masked words read everywhere.
+
+    pictures: one or two of [B,3,H,W]; ids and mask [B,L], padded -> logits [B,C], of "mlm_head" [B,L,S].
+    """
+    fused = [
+        model.fuse(model.encode_text(ids, mask), model.encode_image(images), mask, image_type)
+        for image_type, images in enumerate(pictures, 1)
+    ]
+    if head == "mlm_head":
+        return model.mlm_head(fused[0].text)
+    return getattr(model, head)(torch.cat([one.cls for one in fused], dim=-1))
+
+
+def plain_caption(model: Meter, images: Tensor, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Best token after best token, with nothing kept between steps: images [B,3,H,W], ids and mask [B,L] of what is
+    read -> [B,length]; what follows an end means nothing."""
+    fused = model.fuse(model.encode_text(ids, mask), model.encode_image(images), mask)
+    written = ids[:, :0]
+    while written.shape[1] < length:
+        rows = model.decoder(model.decoder.inputs(F.pad(written, (0, 1))), fused.text, fused.image, mask)
+        written = torch.cat([written, model.lm_head(rows)[:, -1:].argmax(-1)], dim=1)
+    return written

@@ -1,18 +1,23 @@
-"""The command `meter-fast`: draw data, train on one process, score, report, convert.
+"""The command `meter-fast`: draw data, train on one process, score, report, predict, convert.
 
 Knows arguments and messages; each command is carried out elsewhere, and heavy libraries are loaded inside it, so that
 `--help` answers at once. A wrong argument ends with one line and exit code 2.
 """
 
 import argparse
-import json
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import meter_fast
+from meter_fast.cli_data import add_parsers as add_data_parsers
+from meter_fast.cli_predict import add_predict
+
+if TYPE_CHECKING:
+    from meter_fast.training.world import World
 
 EXIT_WRONG_INPUT = 2
 
@@ -31,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         scenes.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"pictures (default {count})")
     scenes.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     scenes.set_defaults(run=data_scenes)
+    add_data_parsers(data)
 
     train = commands.add_parser("train", help="train in one process; on several: deepspeed --module meter_fast.train")
     train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain; ablation: a table of the paper")
@@ -42,17 +48,21 @@ def parser() -> argparse.ArgumentParser:
         "model", metavar="RUN_OR_EXPORT", type=Path, help="run directory, export folder or METER .ckpt"
     )
     evaluate.add_argument(
-        "task", choices=["pretrain", "vqa", "retrieval"], metavar="TASK", help="pretrain, vqa or retrieval"
+        "task",
+        choices=["pretrain", "vqa", "nlvr2", "snli_ve", "caption", "retrieval"],
+        metavar="TASK",
+        help="pretrain, vqa, nlvr2, snli_ve, caption or retrieval",
     )
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="for example: data.root=DATA data.val_split=test"
     )
     evaluate.add_argument("--pairs", type=int, metavar="N", help="score N pairs (default: all)")
-    evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval: among N pictures (default: all)")
-    evaluate.add_argument(
-        "--scores", type=Path, metavar="DIR", help="retrieval: keep scores there, and go on from them"
-    )
-    evaluate.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="retrieval: of the model")
+    evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval, caption: N pictures (default: all)")
+    evaluate.add_argument("--scores", type=Path, metavar="DIR", help="retrieval: keep scores, and go on from them")
+    evaluate.add_argument("--dtype", choices=["fp32", "bf16"], help="retrieval: of the model (default fp32)")
+    evaluate.add_argument("--beams", type=int, metavar="N", help="caption: width of the search (default 1, greedy)")
+    evaluate.add_argument("--captions", type=Path, metavar="FILE", help="caption: the official results file")
+    evaluate.add_argument("--submission", type=Path, metavar="FILE", help="vqa: the evaluation server's file")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     evaluate.set_defaults(run=evaluate_model)
 
@@ -62,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--split", default="test", choices=["val", "test"], help="default test")
     report.add_argument("--pictures", type=int, default=500, metavar="N", help="score N pictures at most (default 500)")
     report.set_defaults(run=report_run)
+
+    add_predict(commands)
 
     convert = commands.add_parser("convert", help="published METER checkpoint to export folder, or back")
     convert.add_argument("source", metavar="SRC", type=Path, help=".ckpt file, or export folder or run directory")
@@ -73,15 +85,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out a command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
+    """Carry out a command line; returns the exit code. world: the processes that do it together, where they are more
+    than this one (`evaluate`)."""
     arguments = parser().parse_args(argv)
+    arguments.world = world
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
         if arguments.traceback:
             raise
-        print(f"meter-fast {arguments.command}: {error}", file=sys.stderr)
+        who = f" (process {world.rank})" if world is not None and not world.is_main else ""
+        print(f"meter-fast {arguments.command}{who}: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
 
 
@@ -118,42 +133,55 @@ def run_training(arguments: argparse.Namespace) -> int | None:
     return code
 
 
+# Options of `evaluate` that only some tasks have.
+TASK_OPTIONS = {
+    "pairs": ("pretrain", "vqa", "nlvr2", "snli_ve"),
+    "pictures": ("retrieval", "caption"),
+    "scores": ("retrieval",),
+    "dtype": ("retrieval",),
+    "beams": ("caption",),
+    "captions": ("caption",),
+    "submission": ("vqa",),
+}
+
+
 def evaluate_model(arguments: argparse.Namespace) -> None:
-    if (arguments.pairs if arguments.task == "retrieval" else arguments.pictures) is not None:
-        raise ValueError("--pictures goes with the task retrieval, --pairs with the others")
-    if arguments.task == "retrieval":
-        return evaluate_recall(arguments)
-    from meter_fast.evaluate import evaluate_split
+    task, world = arguments.task, arguments.world
+    for option, tasks in TASK_OPTIONS.items():
+        if getattr(arguments, option) is not None and task not in tasks:
+            raise ValueError(f"--{option} goes with the task {' or '.join(tasks)}, not with {task}")
+    for option, least in (("pairs", 2), ("pictures", 2), ("beams", 1)):
+        given = getattr(arguments, option)
+        if given is not None and given < least:
+            raise ValueError(f"--{option} {given}: give {least} or more")
+    from meter_fast.submission import check_place, write_json
 
-    if arguments.pairs is not None and arguments.pairs < 2:
-        raise ValueError(f"--pairs {arguments.pairs}: give 2 or more")
-    scores = evaluate_split(arguments.model, arguments.task, arguments.settings, arguments.pairs)
-    for objective, row in scores.items():
-        if isinstance(row, dict) and "accuracy" in row:
-            print(f"{objective}  loss {row['loss']:.4f}  accuracy {100 * row['accuracy']:.2f} %  of {row['count']:,}")
-    for kind, row in scores.get("vqa", {}).items():
-        other = "" if row["exchanged"] is None else f"  with other pictures {100 * row['exchanged']:.2f} %"
-        print(f"vqa {kind:<15}  score {100 * row['score']:.2f} %{other}  of {row['count']:,}")
-    noun = "questions" if "vqa" in scores else "pairs"
-    print(f"split {scores['split']}, {scores['pairs']:,} {noun}, skipped {scores['skipped'] or 'none'}")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        check_place(arguments.json)
+    if task == "retrieval":
+        from meter_fast.retrieval import evaluate_retrieval, lines
 
+        scores = evaluate_retrieval(
+            arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True),
+            scores=arguments.scores, dtype=arguments.dtype or "fp32", world=world,
+        )  # fmt: skip
+    elif task == "caption":
+        from meter_fast.evaluate_caption import evaluate_captions, lines
 
-def evaluate_recall(arguments: argparse.Namespace) -> None:
-    from meter_fast.retrieval import evaluate_retrieval, lines
+        scores = evaluate_captions(
+            arguments.model, arguments.settings, arguments.pictures, arguments.beams or 1, arguments.captions,
+            world=world,
+        )  # fmt: skip
+    else:
+        from meter_fast.evaluate import evaluate_split, lines
 
-    if arguments.pictures is not None and arguments.pictures < 2:
-        raise ValueError(f"--pictures {arguments.pictures}: give 2 or more")
-    scores = evaluate_retrieval(
-        arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True),
-        scores=arguments.scores, dtype=arguments.dtype,
-    )  # fmt: skip
-    if scores is None:  # the main process has them
-        return
-    print("\n".join(lines(scores)))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        scores = evaluate_split(
+            arguments.model, task, arguments.settings, arguments.pairs, world=world, submission=arguments.submission
+        )
+    if world is None or world.is_main:
+        print("\n".join(lines(scores)))
+        if arguments.json is not None:
+            write_json(arguments.json, scores, indent=2)
 
 
 def report_run(arguments: argparse.Namespace) -> None:
@@ -203,7 +231,8 @@ def convert_model(arguments: argparse.Namespace) -> None:
         arguments.fusion_heads,
     )
     print(report)
-    print(f"{arguments.out}: open it with meter_fast.load({str(arguments.out)!r})")
+    needed = "" if arguments.tokenizer else ", tokenizer=NAME"
+    print(f"{arguments.out}: open it with meter_fast.load({str(arguments.out)!r}{needed})")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ number of processes, goes on with the rest.
 """
 
 import hashlib
-import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -29,7 +28,7 @@ from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer
-from meter_fast.evaluate import check_vocabulary, held_out_names, parted, tokenizer_of
+from meter_fast.evaluate import check_vocabulary, facts, held_out_names, here, parted, tokenizer_of
 from meter_fast.models.files import read_json
 from meter_fast.models.meter import Meter
 from meter_fast.predict import place_of
@@ -45,21 +44,12 @@ from meter_fast.score_retrieval import (
 )
 from meter_fast.score_table import ScoreTable
 from meter_fast.training.monitor import duration
+from meter_fast.training.world import World, alone
 
 SAY_EVERY = 10.0  # seconds between progress lines
-LONGEST_WAIT = 7 * 24 * 3600  # seconds, of a process that has done its share
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Say = Callable[[str], None]
-
-
-class Alone:
-    """One process where there is no group: what retrieval needs of `training.world.World`."""
-
-    rank, size, is_main = 0, 1, True
-
-    def together(self, work: Callable[[], Any]) -> Any:
-        return work()
 
 
 def score_retrieval(
@@ -72,7 +62,7 @@ def score_retrieval(
     skipped: Counter | None = None,
     say: Say | None = None,
     folder: Path | None = None,
-    world: Any = Alone(),  # noqa: B008
+    world: World | None = None,
 ) -> Retrieval | None:
     """Score all pairs of the pictures (that many, spread evenly) and captions of `sources`. Collective; the result is
     the main process's, None elsewhere.
@@ -83,15 +73,15 @@ def score_retrieval(
     fewer than two readable pictures, and for a folder with scores of something else, or one that is not shared.
     """
     check_head(model)
+    world = world or alone(place_of(model)[0])
     skipped = Counter() if skipped is None else skipped
     split = Split.of(sources, max_pictures, skipped)
     with ExitStack() as stack:
         table, ids = _open_table(model, text, split, backend, folder, world, stack), text.encode(split.different)
         left = world.together(table.left)
         own = left[world.rank :: world.size]
-        was_training = model.training
-        model.eval()
-        try:
+
+        def score_own() -> None:
             texts = encode_texts(model, ids) if own else []
             total = sum(len(table.rows(block)) for block in own)
             progress = _Progress(total, len(split.different), world.size, say if world.is_main else None)
@@ -99,6 +89,11 @@ def score_retrieval(
                 table.write(
                     block, *score_pictures(model, split, table.rows(block), texts, backend, max_pixels, progress)
                 )
+
+        was_training = model.training
+        model.eval()
+        try:
+            world.each(score_own)
         finally:
             model.train(was_training)
         return _finished(table, split, skipped, world)
@@ -110,7 +105,7 @@ def _open_table(
     split: Split,
     backend: ImageBackend,
     folder: Path | None,
-    world: Any,
+    world: World,
     stack: ExitStack,
 ) -> ScoreTable:
     """The table in `folder`, or in a temporary one which `stack` removes. Collective."""
@@ -121,32 +116,29 @@ def _open_table(
         whose = _whose(model, text, split, backend) if world.is_main else {}
     sizes = len(split), len(split.different)
     world.together(lambda: ScoreTable.prepare(folder, *sizes, {"block": PICTURES_PER_BLOCK, **whose}))
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is not there on process {world.rank}: give --scores a folder that all machines share"
-        )
-    return ScoreTable(folder, *sizes, PICTURES_PER_BLOCK)
+
+    def opened() -> ScoreTable:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not there: give --scores a folder that all machines share")
+        return ScoreTable(folder, *sizes, PICTURES_PER_BLOCK)
+
+    return world.each(opened)
 
 
-def _finished(table: ScoreTable, split: Split, skipped: Counter, world: Any) -> Retrieval | None:
+def _finished(table: ScoreTable, split: Split, skipped: Counter, world: World) -> Retrieval | None:
     """The result on the main process, when all processes have done their share. Collective."""
-    if world.size > 1:
-        world.share(True)
-    if not world.is_main:
-        world.together(lambda: None)
-        return None
+    found: list[Retrieval] = []
 
-    def read() -> Retrieval:
+    def read() -> None:
         if table.left():
             raise ValueError(f"blocks {table.left()[:4]} of {table.folder} are missing: let --scores be one that all "
                              "machines share")  # fmt: skip
         skipped.update(table.skipped())
         scores = table.scores()
-        return Retrieval.of(scores, readable(scores), split.captions)
+        found.append(Retrieval.of(scores, readable(scores), split.captions))
 
-    found: list[Retrieval] = []
-    world.together(lambda: found.append(read()))
-    return found[0]
+    world.together(read)
+    return found[0] if found else None
 
 
 def _whose(model: Meter, text: TextPipeline, split: Split, backend: ImageBackend) -> dict[str, str]:
@@ -204,30 +196,22 @@ def evaluate_retrieval(
     say: Say | None = None,
     scores: str | Path | None = None,
     dtype: Literal["fp32", "bf16"] = "fp32",
-) -> dict | None:
-    """Recalls of the model at `model_path` (run directory, export folder or METER .ckpt) on a held-out split; None on
-    all processes of a launcher but the main one.
+    world: World | None = None,
+) -> dict:
+    """Recalls of the model at `model_path` (run directory, export folder or METER .ckpt) on a held-out split.
 
     settings: "data.root=FOLDER" and the like, over the run's own or, for a model without a run, over the recipe's. What
     is scored: data.val_sources where `settings` name them; else the data sets of data.sources in data.val_split, and
     for those without one (tables, shards) data.val_sources. pictures: at most so many, spread evenly. scores: folder to
-    keep scores in and to go on from. dtype: of the model; heads and scores are fp32.
+    keep scores in and to go on from. dtype: of the model; heads and scores are fp32. world: the processes that do it
+    together; all of them call this and get the same.
     Returns {"retrieval": {"ir_r1", "ir_r5", "ir_r10", "tr_r1", ...}, "chance": {the same keys}, "equal_captions":
-    {"retrieval", "chance"}, "pictures", "captions", "different_captions", "head", "split", "skipped"}. Raises
-    ValueError where something is missing or does not fit.
+    {"retrieval", "chance"}, "pictures", "captions", "different_captions", "head", "split", "skipped"} and
+    `evaluate.facts`. Raises ValueError where something is missing or does not fit.
     """
-    path = Path(model_path)
-    world = _world()
-    model = meter_fast.load(path)
-    config = override(_settings_of(path, model), settings)
-    data = config.data
-    device = device or (str(world.device) if world.size > 1 else "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(tokenizer_of(path, data.tokenizer))
-    check_vocabulary(model, tokenizer)
-    names, said = _what(data, settings)
-    sources = open_sources(names, data.root, data.val_split)
-    text = TextPipeline(tokenizer, min(data.max_text_length, model.config.text.max_length))
-    model = model.to(device, DTYPES[dtype])
+    path, world = Path(model_path), world or alone(device or here())
+    model, data, text, sources, said = world.each(lambda: _open(path, settings))
+    model = model.to(world.device, DTYPES[dtype])
     if model.itm_head is not None:
         model.itm_head.float()  # scores rounded to bfloat16 would tie
     skipped: Counter = Counter()
@@ -240,18 +224,21 @@ def evaluate_retrieval(
         )  # fmt: skip
     finally:
         backend.close()
-    if found is None:
-        return None
     head = "itm_head" if model.rank_head is None else "rank_head"
-    return {**found.result(), "head": head, "split": said, "skipped": dict(skipped)}
+    result = world.together(lambda: {**found.result(), "head": head, "split": said, "skipped": dict(skipped)})
+    return {**result, **facts(path, "retrieval", world)}
 
 
-def _world() -> Any:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Alone()
-    from meter_fast.training import world  # DeepSpeed takes seconds to load, and one process does without
-
-    return world.start(LONGEST_WAIT)
+def _open(path: Path, settings: Sequence[str]) -> tuple[Meter, DataConfig, TextPipeline, Sources, str]:
+    """The model, what it reads, and how to call the split."""
+    model = meter_fast.load_model(path)
+    data = override(_settings_of(path, model), settings).data
+    tokenizer = load_tokenizer(tokenizer_of(path, data.tokenizer))
+    check_vocabulary(model, tokenizer)
+    names, said = _what(data, settings)
+    sources = open_sources(names, data.root, data.val_split)
+    text = TextPipeline(tokenizer, min(data.max_text_length, model.config.text.max_length))
+    return model, data, text, sources, said
 
 
 def _what(data: DataConfig, settings: Sequence[str]) -> tuple[tuple[str, ...], str]:

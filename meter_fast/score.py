@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meter_fast.data.caption_check import BadCaption, check_caption
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS, BadImage, check_image
 from meter_fast.data.images import BatchDecodeError, ImageBackend, denormalise
 from meter_fast.data.spans import Denoiser
-from meter_fast.data.text import CHARACTERS_PER_TOKEN, BadCaption, check_caption
+from meter_fast.data.text import CHARACTERS_PER_TOKEN
 from meter_fast.models.meter import Meter, Need
 from meter_fast.predict import (
     MATCH,

@@ -36,9 +36,20 @@ def test_commands_and_options_are_these():
         "": ["--version", "--traceback"],
         "data": [],
         "data scenes": ["out", "--train", "--val", "--test", "--seed"],
+        "data prepare": ["set", "raw", "out", "--splits", "--max-missing", "--workers"],
+        "data import": [
+            *("kind", "source", "out", "--name", "--images", "--answers", "--min-count", "--max-bad-share", "--workers")
+        ],
+        "data check": ["root", "--names", "--decode", "--max-bad-share", "--json", "--workers"],
         "train": ["recipe", "settings"],
-        "evaluate": ["model", "task", "settings", "--pairs", "--pictures", "--json"],
+        "evaluate": [
+            *("model", "task", "settings", "--pairs", "--pictures", "--beams", "--captions", "--submission", "--json"),
+        ],
         "report": ["model", "settings", "--split", "--pictures"],
+        "predict": [
+            *("model", "task", "input", "--text", "--out", "--k", "--batch", "--device", "--dtype", "--tokenizer"),
+            *("--transform", "--answers"),
+        ],
         "convert": ["source", "out", "--tokenizer", "--image-size", "--text-heads", "--fusion-heads"],
     }
 
@@ -197,7 +208,7 @@ def test_convert_can_change_the_resolution_and_add_a_tokenizer(published, tmp_pa
     out = tmp_path / "larger"
     options = ["--image-size", "96", "--tokenizer", str(scenes / "tokenizer")]
     assert main(["convert", str(path), str(out), *HEADS, *options]) == 0
-    assert meter_fast.load(out).config.vision.image_size == 96
+    assert meter_fast.load_model(out).config.vision.image_size == 96
     assert (out / "tokenizer" / "tokenizer.json").is_file()
 
 
@@ -206,13 +217,13 @@ def test_load_opens_an_export_a_run_directory_and_nothing_else(run_dir, scene_mo
     mask = torch.ones_like(ids, dtype=torch.bool)
     expected = scene_model.encode_text(ids, mask)
     for path in (run_dir, run_dir / "export", str(run_dir)):
-        model = meter_fast.load(path)
+        model = meter_fast.load_model(path)
         assert isinstance(model, meter_fast.Meter) and not model.training
         assert torch.equal(model.encode_text(ids, mask), expected)
     with pytest.raises(ValueError, match="has no model"):
-        meter_fast.load(tmp_path)
+        meter_fast.load_model(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        meter_fast.load(tmp_path / "nowhere")
+        meter_fast.load_model(tmp_path / "nowhere")
     with pytest.raises(AttributeError, match="lode"):
         meter_fast.lode  # noqa: B018
 
@@ -230,7 +241,7 @@ def test_load_opens_a_published_checkpoint_of_published_head_counts(tmp_path):
     torch.manual_seed(1)
     model = Meter(config).eval()
     torch.save({"state_dict": to_meter(model)}, tmp_path / "small.ckpt")
-    loaded = meter_fast.load(tmp_path / "small.ckpt")
+    loaded = meter_fast.load_model(tmp_path / "small.ckpt")
     assert not loaded.training and loaded.config == config
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)

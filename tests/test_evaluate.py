@@ -61,7 +61,7 @@ def _score_as(rank: int, root, export, rendezvous: str) -> dict:
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=limit)
     try:
-        return evaluate_pretraining(JointLoss(meter_fast.load(export)), loader(root, rank, 2, 37, 8), "cpu")
+        return evaluate_pretraining(JointLoss(meter_fast.load_model(export)), loader(root, rank, 2, 37, 8), "cpu")
     finally:
         dist.destroy_process_group()
 

@@ -119,7 +119,7 @@ def test_command(run_dir, scenes, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [(["retrieval", "--pictures", "1"], "give 2 or more"), (["retrieval", "--pairs", "5"], "--pictures goes with"),
+    [(["retrieval", "--pictures", "1"], "give 2 or more"), (["retrieval", "--pairs", "5"], "--pairs goes with"),
      (["pretrain", "--pictures", "5"], "--pictures goes with"), (["retrieval", "data.val_sources=f30k"], "f30k")],
 )  # fmt: skip
 def test_refusals(run_dir, capsys, more, said):

@@ -8,6 +8,7 @@ read back from the tables, as the published code does before it predicts, or fro
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,16 @@ def names_in_tables(tables: Iterable[ArrowQuestions]) -> dict[int, str]:
                     raise AnswersError(f"{where}: label {label} is both {names[label]!r} and {text!r}; write the "
                                        f"tables again with one label space")  # fmt: skip
     return names
+
+
+def most_frequent(tables: Iterable[ArrowQuestions]) -> str | None:
+    """The text that most questions of the tables have among their answers; None where no question has one."""
+    counts: Counter[str] = Counter()
+    for table in tables:
+        for _, codes, texts in table.answer_names():
+            for code, count in zip(*np.unique(codes, return_counts=True), strict=True):
+                counts[texts[code]] += int(count)
+    return max(counts, key=lambda text: (counts[text], text), default=None)
 
 
 def find_answers(tables: Sequence[ArrowQuestions], file: str = "") -> Answers:

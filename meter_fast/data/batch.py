@@ -1,4 +1,4 @@
-"""What a micro-batch holds: of pre-training, of visual question answering, of pictures alone.
+"""What a micro-batch holds: of pre-training, of questions, of statements, of pictures alone.
 
 Knows the shapes and types that the loader fills and the objectives read. Knows nothing of files, models or devices
 beyond moving itself to one. Shape letters: B pairs, L text tokens, M masked rows, F false pictures, H and W pixels,
@@ -6,6 +6,7 @@ N distinct pictures, A answers, G cells of a picture along one side, T tokens to
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,10 +146,37 @@ class VqaBatch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "VqaBatch":
         """The same batch on `device`; only pictures take `dtype`."""
-        moved = {
-            name: value if value is None else value.to(device, non_blocking=True) for name, value in vars(self).items()
-        }
-        return VqaBatch(**{**moved, "images": moved["images"].to(dtype)})
+        return VqaBatch(**_moved(self, device, dtype))
+
+
+@dataclass(frozen=True)
+class StatementBatch:
+    """One micro-batch of statements about one or two pictures, each in one class. Each picture is there once.
+
+    images         [N,3,H,W] float, normalised pixels
+    image_rows     [B,K] int64, the K pictures that each statement is about, rows of `images`: 1 in SNLI-VE, 2 in NLVR2
+    text_ids       [B,L] int64, the statements, padded with the tokenizer's padding id
+    text_mask      [B,L] bool, True on real tokens
+    labels         [B] int64: NLVR2 0 false, 1 true; SNLI-VE 0 contradiction, 1 neutral, 2 entailment
+    sample_ids     [B] int64, which samples these are, after the replacement of bad ones
+    text_rows      [T] int64, the real tokens as rows of a [B*L] view, ascending, or None
+    """
+
+    images: Tensor
+    image_rows: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    text_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        """B, the number of statements."""
+        return self.text_ids.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "StatementBatch":
+        """The same batch on `device`; only pictures take `dtype`."""
+        return StatementBatch(**_moved(self, device, dtype))
 
 
 @dataclass(frozen=True)
@@ -172,4 +200,12 @@ class PictureBatch:
         return PictureBatch(images, self.sample_ids.to(device, non_blocking=True))
 
 
-Batch = PretrainBatch | VqaBatch | PictureBatch
+Batch = PretrainBatch | VqaBatch | StatementBatch | PictureBatch
+
+
+def _moved(batch: VqaBatch | StatementBatch, device: torch.device | str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The fields of a batch on `device`; only pictures take `dtype`."""
+    moved = {
+        name: value if value is None else value.to(device, non_blocking=True) for name, value in vars(batch).items()
+    }
+    return moved | {"images": moved["images"].to(dtype)}

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from meter_fast.data.caption_check import BadCaption, check_caption
 from meter_fast.data.order import mix
 from meter_fast.data.samples import BadDataError, Chosen, Skip
-from meter_fast.data.text import BadCaption, check_caption
 
 CHOICES = ("other_picture", "dataset")
 _FALSE_TEXT = 8  # purpose of the random numbers; those of a batch are listed in assemble.py

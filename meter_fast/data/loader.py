@@ -188,8 +188,9 @@ class PretrainLoader(TrainingLoader):
 class SplitLoader:
     """Every sample of a split once, batch after batch, of any task; iterate it as often as you like.
 
-    samples [n] int64; shares: the positions 0..n-1 of each batch, which also key what the assembler draws. skipped,
-    skip_examples: of the latest pass.
+    samples [n] int64; shares: the positions 0..n-1 of each batch, which also key what the assembler draws. in_step:
+    processes score as many batches together, so one without a usable sample is an error; else it is passed over.
+    skipped, skip_examples: of the latest pass.
     """
 
     def __init__(
@@ -199,13 +200,20 @@ class SplitLoader:
         assembler: MicroBatches,
         workers: int = 0,
         max_bad_share: float = 0.01,
+        in_step: bool = True,
     ):
-        self._samples, self._shares, self._assembler = samples, shares, assembler
-        self._workers, self._max_bad_share = workers, max_bad_share
+        self.samples, self._shares, self._assembler = samples, shares, assembler
+        self._workers, self._max_bad_share, self._in_step = workers, max_bad_share, in_step
         self._count = SkipCount(max_bad_share)
 
+    def dealt(self, rank: int, world: int) -> "SplitLoader":
+        """Of the batches of a loader for one process those that fall to one of `world`, maybe none: whatever their
+        number, the same batches are scored."""
+        own = self._shares[rank::world]
+        return SplitLoader(self.samples, own, self._assembler, self._workers, self._max_bad_share, in_step=False)
+
     def __len__(self) -> int:
-        """Number of batches, the same on every rank."""
+        """Number of batches; where processes go in step the same on every rank."""
         return len(self._shares)
 
     @property
@@ -219,20 +227,21 @@ class SplitLoader:
         return self._count.examples
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises BadDataError when too many samples are bad, or all of one batch."""
+        """Raises BadDataError when too many samples are bad, or, in step, all of one batch."""
         self._count = SkipCount(self._max_bad_share)
         prepared = run_ahead(self._shares, self._prepare, self._workers, 2)
         try:
             for part in prepared:
                 self._count.add(part)
-                if part.batch is None:
+                if part.batch is not None:
+                    yield part.batch
+                elif self._in_step:
                     raise BadDataError(describe_skips("no sample of an evaluation batch could be used", part.skips))
-                yield part.batch
         finally:
             prepared.close()
 
     def _prepare(self, positions: np.ndarray) -> Prepared:
-        return self._assembler.micro_batch(self._samples[positions], positions)
+        return self._assembler.micro_batch(self.samples[positions], positions)
 
 
 class EvaluationLoader(SplitLoader):

@@ -7,7 +7,6 @@ A table without answers (a test split) has empty lists in the three columns, oft
 read, and have no answers.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +15,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meter_fast.data.sources import Source, SourceError, Sources, find_tables
-from meter_fast.data.tables import BinaryColumn, TableError, check_offsets, open_record_batches, run_starts
+from meter_fast.data.sources import Sources, open_tables
+from meter_fast.data.tables import (
+    BinaryColumn,
+    TableError,
+    TextRuns,
+    check_offsets,
+    has_columns,
+    open_record_batches,
+    run_starts,
+)
 
 # As published, training reads val, too, so that a score on val says nothing (METER, vqav2_dataset.py). To keep val out
 # of training name the tables: "arrow:vqav2_train".
 PUBLISHED_QUESTIONS = {
     "vqa": {"train": ("vqav2_train", "vqav2_val"), "val": ("vqav2_val",), "test": ("vqav2_test",)},
 }
-LISTS = {
-    "questions": (pa.string(), pa.large_string()),
-    "question_id": (pa.int64(),),
-    "answers": (pa.list_(pa.string()),),
-    "answer_labels": (pa.list_(pa.int64()),),
-    "answer_scores": (pa.list_(pa.float64()),),
+COLUMNS = {
+    "image": (pa.binary(), pa.large_binary()),
+    "questions": (pa.list_(pa.string()), pa.list_(pa.large_string())),
+    "question_id": (pa.list_(pa.int64()),),
+    "answers": (pa.list_(pa.list_(pa.string())),),
+    "answer_labels": (pa.list_(pa.list_(pa.int64())),),
+    "answer_scores": (pa.list_(pa.list_(pa.float64())),),
 }
 ANSWER_COLUMNS = ("answers", "answer_labels", "answer_scores")
 
@@ -50,6 +58,11 @@ class Question:
     answers: tuple[str, ...]
     labels: tuple[int, ...]
     scores: tuple[float, ...]
+
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """The one picture that the text is about."""
+        return (self.image,)
 
 
 class _Batch:
@@ -133,7 +146,7 @@ class ArrowQuestions:
         counts, unanswered, questions = [], [], 0
         for number, file in enumerate(self.files):
             row = 0
-            for table in open_record_batches(file, _check_columns):
+            for table in open_record_batches(file, _is_question_table):
                 batch = _Batch(table, str(file))
                 self._batches.append(batch)
                 self._where.append((number, row))
@@ -141,10 +154,7 @@ class ArrowQuestions:
                 unanswered.append(batch.unanswered() + questions)
                 questions += batch.count
                 row += len(counts[-1])
-        self._first = np.concatenate([[0], np.cumsum(np.concatenate([*counts, np.zeros(0, np.int64)]))]).astype(
-            np.int64
-        )
-        self._first_row = np.cumsum([0] + [c.size for c in counts]).tolist()
+        self._runs = TextRuns(counts)
         without = np.concatenate([*unanswered, np.zeros(0, np.int64)]).astype(np.int64)
         self.unanswered = without.size
         self._removed = without if answered_only else without[:0]
@@ -154,7 +164,7 @@ class ArrowQuestions:
             raise TableError(f"{', '.join(map(str, self.files))}: {self.pictures} pictures and {what}; choose others")
 
     def __len__(self) -> int:
-        return int(self._first[-1]) - self._removed.size
+        return self._runs.texts - self._removed.size
 
     @property
     def left_out(self) -> int:
@@ -164,27 +174,31 @@ class ArrowQuestions:
     @property
     def pictures(self) -> int:
         """Number of pictures (rows)."""
-        return self._first.size - 1
+        return self._runs.rows
 
     def image_ids(self, indices: np.ndarray) -> np.ndarray:
         """indices [n] int64 of questions -> [n] int64: which picture each is about, 0..pictures-1."""
-        return np.searchsorted(self._first, self._places(np.asarray(indices, np.int64)), side="right") - 1
+        return self._runs.rows_of(self._places(np.asarray(indices, np.int64)))
 
     def read(self, index: int) -> Question:
         """Question `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"question {index} of {len(self)}")
-        place = int(self._places(np.int64(index)))
-        picture = int(np.searchsorted(self._first, place, side="right")) - 1
-        at = bisect_right(self._first_row, picture) - 1
-        batch, row = self._batches[at], picture - self._first_row[at]
-        number, start = self._where[at]
-        within = place - int(self._first[picture])
+        at, row, within = self._runs.find(int(self._places(np.int64(index))))
+        batch, (number, start) = self._batches[at], self._where[at]
         text = batch.text[int(batch.first[row]) + within].tobytes().decode("utf-8", "surrogateescape")
         identity = batch.ids[int(batch.id_starts[row]) + within].as_py()
         answers, labels, scores = batch.answers_of(int(batch.first[row] - batch.first[0]) + within)
         name = f"{self.files[number].name} row {start + row} question {within}"
         return Question(batch.image[row], text, name, identity, answers, labels, scores)
+
+    def question_ids(self) -> np.ndarray:
+        """question_id of every question, [n] int64, in order. Raises TableError where one has none."""
+        found = [batch.ids.slice(int(batch.id_starts[0]), batch.count) for batch in self._batches]
+        if any(ids.null_count for ids in found):
+            raise TableError(f"{', '.join(map(str, self.files))}: some questions have no question_id; write it again")
+        every = np.concatenate([ids.to_numpy() for ids in found])
+        return np.delete(every, self._removed)
 
     def answer_names(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[str | None]]]:
         """Of each record batch: label [n] int64 and text [n] int64 of all answers, and the texts that the second number
@@ -211,26 +225,9 @@ def open_questions(
 
     answered_only: see ArrowQuestions. weights: as `open_sources`. Raises SourceError or TableError.
     """
-    root = Path(root)
-    if not names:
-        raise SourceError("no data source is named; for example data.sources=arrow:vqav2_train")
-    if not root.is_dir():
-        raise SourceError(f"data.root={str(root)!r} is not a folder (looked at {root.resolve()})")
-    opened = []
-    for name in names:
-        kind, colon, what = name.partition(":")
-        if colon and kind == "arrow":
-            stems = [stem.strip() for stem in what.split(",")]
-        elif name in PUBLISHED_QUESTIONS:
-            if split not in PUBLISHED_QUESTIONS[name]:
-                raise SourceError(f"split {split!r}: choose one of {', '.join(PUBLISHED_QUESTIONS[name])}")
-            stems = list(PUBLISHED_QUESTIONS[name][split])
-        else:
-            raise SourceError(
-                f"unknown data source {name!r} of questions: choose {', '.join(PUBLISHED_QUESTIONS)} or "
-                "arrow:TABLE[,TABLE]"
-            )
-        opened.append(Source(name, ArrowQuestions(find_tables(name, stems, stems, root), answered_only)))
+    opened = open_tables(
+        names, root, split, PUBLISHED_QUESTIONS, lambda files: ArrowQuestions(files, answered_only), "questions"
+    )
     return Sources(opened, list(weights) if weights else None)
 
 
@@ -243,23 +240,5 @@ def _is_nested(kind: pa.DataType) -> bool:
     )
 
 
-def _check_columns(file: Path, schema: pa.Schema) -> bool:
-    """True for a table of questions, False for one whose types are null because it is empty; others are refused."""
-    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
-    for name in ("image", *LISTS):
-        index = schema.get_field_index(name)
-        if index < 0:
-            raise TableError(f"{file}: no column {name!r}; a table of questions has image, {', '.join(LISTS)}; "
-                             f"this one {found}")  # fmt: skip
-        kind = schema.field(index).type
-        if pa.types.is_null(kind):
-            return False
-        fits = kind in (pa.binary(), pa.large_binary())
-        if name != "image":
-            inner = kind.value_type if pa.types.is_list(kind) else None
-            empty = name in ANSWER_COLUMNS and (inner == pa.null() or inner == pa.list_(pa.null()))
-            fits = inner in LISTS[name] or empty
-        if not fits:
-            expected = "binary" if name == "image" else f"list<{LISTS[name][0]}>"
-            raise TableError(f"{file}: column {name!r} is {kind}, expected {expected}; the columns are {found}")
-    return True
+def _is_question_table(file: Path, schema: pa.Schema) -> bool:
+    return has_columns(file, schema, COLUMNS, "questions", ANSWER_COLUMNS)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from meter_fast.data.caption_check import BadCaption, check_caption
 from meter_fast.data.image_check import BadImage, check_image
 from meter_fast.data.images import BatchDecodeError, ImageBackend
 from meter_fast.data.order import mix
-from meter_fast.data.text import BadCaption, check_caption
 
 BAD_IN_A_ROW = 100  # so many unusable samples one after another are no bad luck but a broken data set or set-up
 ATTEMPTS = 10 * BAD_IN_A_ROW  # draws of a replacement, those included that show the partner's picture
@@ -60,7 +60,8 @@ class DecodeFailed(Exception):
 class SampleReader:
     """Gives samples that can be used. Safe to use from several threads when the image back end is.
 
-    sources: what `Sources` is; its samples have `image`, `text` and `name`. replace: put another sample in place of a
+    sources: what `Sources` is; its samples have `image`, `text`, `name` and `images`, all pictures of the sample, of
+    which `image` is the first. replace: put another sample in place of a
     bad one (training); False leaves it out (evaluation).
     """
 
@@ -106,7 +107,8 @@ class SampleReader:
             return known
         sample = self.sources.read(index)
         try:
-            check_image(sample.image, self.max_image_pixels)
+            for image in sample.images:
+                check_image(image, self.max_image_pixels)
             return sample.image, check_caption(sample.text) if captioned else "", sample
         except (BadImage, BadCaption) as error:
             return _skip(sample, error)

@@ -168,6 +168,10 @@ class TarCaptions:
         text = _json_caption(raw) if text_size & JSON_CAPTION else raw.decode("utf-8", "surrogateescape").strip()
         return Sample(image, text, f"{self.files[shard].name} byte {block * BLOCK}")
 
+    def picture(self, index: int) -> tuple[None, list[str]]:
+        """Of the picture of pair `index`: no number that it is known by, and its caption."""
+        return None, [self.read(index).text]
+
     def _open(self, shard: int):
         """The shard's open file. An evicted file is closed by its last user letting go of it, not under his hands."""
         with self._lock:

@@ -7,7 +7,7 @@ are drawn (order.py) nor of what their bytes hold.
 import glob
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Source:
             "duplicates": self.pairs.duplicates,
             "missing": self.missing,
             "texts": getattr(self.pairs, "texts", "captions"),
+            "shown": getattr(self.pairs, "shown", "pictures"),
             "unanswered": getattr(self.pairs, "left_out", 0),
             "problems": {name: dict(found) for name, found in getattr(self.pairs, "problems", {}).items()},
         }
@@ -108,12 +109,23 @@ class Sources:
         """What each source reads from, in order."""
         return [source.pairs for source in self._sources]
 
+    @property
+    def files(self) -> list[str]:
+        """Names of all tables and shards, in order."""
+        return [file.name for table in self.tables for file in table.files]
+
     def read(self, index: int) -> Sample:
         """Sample `index`. Raises IndexError outside 0..len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect_right(self._first, index) - 1
         return self._sources[number].pairs.read(index - self._first[number])
+
+    def picture(self, index: int) -> tuple[str | int | None, list[str]]:
+        """Of the picture that sample `index` of captioned pictures shows: its name in the table, None where it has
+        none, and all its captions."""
+        number = bisect_right(self._first, index) - 1
+        return self._sources[number].pairs.picture(index - self._first[number])
 
     def image_ids(self, indices: np.ndarray) -> np.ndarray:
         """indices [n] int64 of samples -> [n] int64: which picture each shows, unique over all sources."""
@@ -193,6 +205,39 @@ def _open(name: str, root: Path, split: str) -> Source | None:
     files = find_tables(name, published.names, published.required, root)
     there = {file.stem for file in files}
     return Source(name, ArrowCaptions(files), [f"{stem}.arrow" for stem in published.names if stem not in there])
+
+
+def open_tables(
+    names: Sequence[str],
+    root: str | Path,
+    split: str,
+    published: Mapping[str, Mapping[str, Sequence[str]]],
+    make: Callable[[list[Path]], Any],
+    texts: str,
+) -> list[Source]:
+    """Open tables of other texts than captions below `root`: by the names in `published`, name -> split -> file stems,
+    or "arrow:NAME[,NAME]". make: what opens the files of one source. texts: what they hold. Raises SourceError, and
+    what `make` raises."""
+    root, opened = Path(root), []
+    if not names:
+        first = next(iter(published.values()))["train"][0]
+        raise SourceError(f"no data source is named; for example data.sources=arrow:{first}")
+    if not root.is_dir():
+        raise SourceError(f"data.root={str(root)!r} is not a folder (looked at {root.resolve()})")
+    for name in names:
+        kind, colon, what = name.partition(":")
+        if colon and kind == "arrow":
+            stems = [stem.strip() for stem in what.split(",")]
+        elif name in published:
+            if split not in published[name]:
+                raise SourceError(f"split {split!r}: choose one of {', '.join(published[name])}")
+            stems = list(published[name][split])
+        else:
+            raise SourceError(
+                f"unknown data source {name!r} of {texts}: choose {', '.join(published)} or arrow:TABLE[,TABLE]"
+            )
+        opened.append(Source(name, make(find_tables(name, stems, stems, root))))
+    return opened
 
 
 def find_tables(name: str, stems: Sequence[str], required: Sequence[str], root: Path) -> list[Path]:

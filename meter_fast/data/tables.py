@@ -1,15 +1,15 @@
 """Caption tables: Arrow IPC files with the columns that METER and ViLT write, memory-mapped.
 
-Knows the columns `image` (binary, the encoded file) and `caption` (list of strings), how captions are counted and
-de-duplicated, and how one pair is read. Knows nothing of data set names and splits (sources.py), of order, or of what
-an encoded picture holds.
+Knows the columns `image` (binary, the encoded file), `caption` (list of strings) and, if there is one, `image_id`; how
+captions are counted and de-duplicated, and how one pair is read. Knows nothing of data set names and splits
+(sources.py), of order, or of what an encoded picture holds.
 
 What is in memory per picture is one integer; captions and pictures stay in the page cache. A table that shrinks while
 it is mapped ends the process (SIGBUS): replace files by renaming a new one over them, never in place.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,11 @@ class Sample:
     text: str
     name: str
 
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """The one picture that the text is about."""
+        return (self.image,)
+
 
 class BinaryColumn:
     """A binary or string column of one record batch: its byte strings as views."""
@@ -55,8 +60,9 @@ class BinaryColumn:
 class _Batch:
     """One record batch: the pictures, and for each its run of captions."""
 
-    def __init__(self, image: pa.Array, caption: pa.Array):
+    def __init__(self, image: pa.Array, caption: pa.Array, name: pa.Array | None):
         self.image = BinaryColumn(image)
+        self.name = name
         self.first = run_starts(caption)
         self.captions = caption.values
         self.text = BinaryColumn(self.captions)
@@ -98,6 +104,35 @@ def check_offsets(columns: Iterable[tuple[str, np.ndarray, int]], where: str) ->
     for column, offsets, end in columns:
         if offsets.size and (offsets[0] < 0 or offsets[-1] > end or _descends(offsets)):
             raise TableError(f"{where}: damaged offsets in column {column}; copy the file again")
+
+
+class TextRuns:
+    """Where the texts of several record batches lie, numbered on over all of them. counts: of each batch, how many
+    texts each of its rows has [n]."""
+
+    def __init__(self, counts: Sequence[np.ndarray]):
+        self._first = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]), dtype=np.int64)
+        self._first_row = np.cumsum([0, *(one.size for one in counts)]).tolist()
+
+    @property
+    def rows(self) -> int:
+        """Rows of all batches."""
+        return self._first.size - 1
+
+    @property
+    def texts(self) -> int:
+        """Texts of all batches."""
+        return int(self._first[-1])
+
+    def rows_of(self, places: np.ndarray) -> np.ndarray:
+        """places [n] int64 of texts -> [n] int64: which row each belongs to, 0..rows-1."""
+        return np.searchsorted(self._first, places, side="right") - 1
+
+    def find(self, place: int) -> tuple[int, int, int]:
+        """Of one text: its batch, its row in that, and its number among the texts of the row."""
+        row = int(self.rows_of(np.int64(place)))
+        batch = bisect_right(self._first_row, row) - 1
+        return batch, row - self._first_row[batch], place - int(self._first[row])
 
 
 class ArrowCaptions:
@@ -159,24 +194,43 @@ class ArrowCaptions:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         place = int(self._places(np.int64(index)))
-        picture = int(np.searchsorted(self._first, self._first.dtype.type(place), side="right")) - 1
-        at = bisect_right(self._first_row, picture) - 1
-        batch, row = self._batches[at], picture - self._first_row[at]
-        number, start = self._where[at]
+        at, row, picture = self._row_of(place)
+        batch, (number, start) = self._batches[at], self._where[at]
         name = f"{self.files[number].name} row {start + row}"
         text = batch.text[int(batch.first[row]) + place - int(self._first[picture])]
-        return Sample(batch.image[row], text.tobytes().decode("utf-8", "surrogateescape"), name)
+        return Sample(batch.image[row], _decoded(text), name)
+
+    def picture(self, index: int) -> tuple[str | int | None, list[str]]:
+        """Of the picture of pair `index`: what the table's column image_id says, if there is one, and all captions,
+        repeated ones too."""
+        at, row, _ = self._row_of(int(self._places(np.int64(index))))
+        batch = self._batches[at]
+        name = None if batch.name is None else batch.name[row].as_py()
+        texts = [_decoded(batch.text[n]) for n in range(int(batch.first[row]), int(batch.first[row + 1]))]
+        return (name if isinstance(name, str | int) else None), texts
+
+    def _row_of(self, place: int) -> tuple[int, int, int]:
+        """The batch, the row in it, and the number of the picture that has the caption at `place`."""
+        picture = int(np.searchsorted(self._first, self._first.dtype.type(place), side="right")) - 1
+        at = bisect_right(self._first_row, picture) - 1
+        return at, picture - self._first_row[at], picture
 
     def _places(self, indices: np.ndarray) -> np.ndarray:
         """Numbers of kept captions -> their places among all captions."""
         return indices + np.searchsorted(self._kept_before, indices, side="right")
 
 
-def open_record_batches(file: Path, fits: Callable[[Path, pa.Schema], bool]) -> Iterator[pa.RecordBatch]:
+def _decoded(text: np.ndarray) -> str:
+    return text.tobytes().decode("utf-8", "surrogateescape")
+
+
+def open_record_batches(
+    file: Path, fits: Callable[[Path, pa.Schema], bool], image: str = "image"
+) -> Iterator[pa.RecordBatch]:
     """The record batches of one table that hold rows, mapped.
 
-    fits: False for a table without rows or types, raises TableError for columns that are not those wanted. Raises
-    TableError for a file that is damaged, incomplete or compressed.
+    fits: False for a table without rows or types, raises TableError for columns that are not those wanted. image: a
+    column of pictures. Raises TableError for a file that is damaged, incomplete or compressed.
     """
     try:
         mapped = pa.memory_map(str(file), "r")
@@ -198,7 +252,7 @@ def open_record_batches(file: Path, fits: Callable[[Path, pa.Schema], bool]) -> 
             raise TableError(f"{file}: record batch {number} is damaged ({error}); copy the file again") from None
         if table.num_rows == 0:
             continue
-        _refuse_compressed(file, table.column("image"), whole)
+        _refuse_compressed(file, table.column(image), whole)
         yield table
 
 
@@ -206,7 +260,8 @@ def _open_batches(file: Path) -> list[_Batch]:
     """The record batches of a caption table that hold rows, checked."""
     batches = []
     for number, table in enumerate(open_record_batches(file, _is_caption_table)):
-        batch = _Batch(table.column("image"), table.column("caption"))
+        named = "image_id" in table.schema.names
+        batch = _Batch(table.column("image"), table.column("caption"), table.column("image_id") if named else None)
         batch.check(f"{file}, record batch {number}")
         batches.append(batch)
     return batches
@@ -233,6 +288,28 @@ def _has_type(file: Path, schema: pa.Schema, name: str) -> bool:
         expected = "list<string>"
     if not fits:
         raise TableError(f"{file}: column {name!r} is {kind}, expected {expected}; the columns are {found}")
+    return True
+
+
+def has_columns(
+    file: Path, schema: pa.Schema, columns: Mapping[str, Sequence[pa.DataType]], what: str, empty: Sequence[str] = ()
+) -> bool:
+    """True for a table with these columns, each of one of its types; False for one whose types are null because it is
+    empty. empty: columns that may be lists of null. Raises TableError for others, which are no table of `what`."""
+    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    for name, kinds in columns.items():
+        index = schema.get_field_index(name)
+        if index < 0:
+            raise TableError(
+                f"{file}: no column {name!r}; a table of {what} has {', '.join(columns)}; this one {found}"
+            )
+        kind = schema.field(index).type
+        if pa.types.is_null(kind):
+            return False
+        nothing = name in empty and kind in (pa.list_(pa.null()), pa.list_(pa.list_(pa.null())))
+        if kind not in kinds and not nothing:
+            expected = str(kinds[0]).replace("item: ", "")
+            raise TableError(f"{file}: column {name!r} is {kind}, expected {expected}; the columns are {found}")
     return True
 
 

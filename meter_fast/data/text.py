@@ -21,29 +21,6 @@ from meter_fast.data.spans import Denoiser
 CHARACTERS_PER_TOKEN = 32
 
 
-class BadCaption(ValueError):
-    """A caption that cannot be used. `cause` is counted: "empty caption", "not UTF-8"."""
-
-    def __init__(self, cause: str, detail: str = "") -> None:
-        super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
-        self.detail = detail
-
-
-def check_caption(text: str | bytes) -> str:
-    """The caption as valid Unicode. Raises BadCaption when it is not, or when it holds nothing visible."""
-    try:
-        if isinstance(text, str):
-            text.encode("utf-8")  # a lone surrogate, as from a broken JSON escape, is no text
-        else:
-            text = bytes(text).decode("utf-8")
-    except UnicodeError as error:
-        raise BadCaption("not UTF-8", str(error)[:120]) from None
-    if not any(character.isprintable() and not character.isspace() for character in text):
-        raise BadCaption("empty caption", f"{text[:20]!r} holds no visible character")
-    return text
-
-
 class TextPipeline:
     """Tokenise, mask and pad the captions of one run.
 
@@ -88,6 +65,11 @@ class TextPipeline:
         """Checked captions -> token ids with the special tokens, at most max_length each, not padded."""
         limit = CHARACTERS_PER_TOKEN * self.max_length
         return [encoding.ids for encoding in self._encoder.encode_batch([text[:limit] for text in texts])]
+
+    def cuts(self, text: str) -> bool:
+        """Whether `encode` leaves out the end of a checked caption."""
+        beyond = len(text) > CHARACTERS_PER_TOKEN * self.max_length
+        return beyond or bool(self._encoder.encode(text).overflowing)
 
     def mask(self, ids: Sequence[int], generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Hide tokens of one text: ids [n] -> (masked ids [n], positions [m], labels [m] = ids[positions]), all int64.

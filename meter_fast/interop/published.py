@@ -16,6 +16,7 @@ from meter_fast.interop.report import LoadReport
 from meter_fast.interop.sizes import TABLE, infer_config
 from meter_fast.models.config import ModelConfig
 from meter_fast.models.files import read_checkpoint
+from meter_fast.models.fusion import fit_token_types, refit
 from meter_fast.models.meter import Meter
 from meter_fast.models.positions import BIAS_TABLE, fit_positions, resize_positions
 
@@ -27,6 +28,7 @@ NEVER_COMPUTED = (
 )
 PUBLISHED_ENCODERS = ("clip_vit", "swin")
 WINDOW_BUFFERS = (".relative_position_index", ".attn_mask")  # of Swin: they follow from the resolution
+TOKEN_TYPES = "token_type_embeddings.weight"
 CLIP_CONTEXT = 77
 CLIP_TEXT_WIDTH = {768: 512, 1024: 768}  # of CLIP's own text encoder, by the width of its ViT
 
@@ -56,7 +58,8 @@ def from_meter(
     """Our model with the weights of a published checkpoint, in float32 on the CPU (or where the tensors are).
 
     source: a file, the dict it holds, or a state dict. image_size: another resolution than the file's (position
-    tables are resized). config: the whole configuration, instead of inferring it. allow_missing, allow_unexpected:
+    tables are resized). config: the whole configuration, instead of inferring it; with another number of token types
+    than the file's, these are fitted (`fit_token_types`). allow_missing, allow_unexpected:
     beginnings of published names that may lack or be left over. Raises ValueError for a file that is damaged, asks to
     run code or is no METER, and for every tensor that is missing, left over or of another shape.
     """
@@ -150,7 +153,7 @@ def _build(
         for name in state
         if name not in own_names and (name.startswith(NEVER_COMPUTED) or name.endswith(WINDOW_BUFFERS))
     }
-    matched, missing, problems = [], [], []
+    matched, missing, problems, notes = [], [], [], []
     values: dict[str, Tensor] = {}
     resized: list[tuple[str, int, int]] = []
     for name, own in model.state_dict().items():
@@ -165,6 +168,9 @@ def _build(
             value, before = _resized(value, own, config.vision.grid, theirs[0]), value
             if len(value) != len(before):
                 resized.append((theirs[0], len(before), len(value)))
+        if theirs[0] == TOKEN_TYPES and len(value) != len(own):
+            notes.append(refit(theirs[0], len(value), len(own)))
+            value = fit_token_types(value, len(own))
         if value.dim() < own.dim() and value.shape == own.shape[own.dim() - value.dim() :]:
             value = value.reshape(own.shape)
         if value.shape != own.shape:
@@ -180,7 +186,7 @@ def _build(
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{more}")
     model.load_state_dict(values, strict=False)
-    return model, LoadReport(tuple(matched), tuple(resized), tuple(missing), tuple(left), unused)
+    return model, LoadReport(tuple(matched), tuple(resized), tuple(missing), tuple(left), unused, tuple(notes))
 
 
 def _resized(table: Tensor, own: Tensor, grid: int, name: str) -> Tensor:

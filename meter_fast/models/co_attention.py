@@ -17,7 +17,16 @@ from meter_fast.kernels.cross_attention.reference import attention_weights
 from meter_fast.kernels.launch import arch_of
 from meter_fast.models.blocks import FeedForward, PackedLinear, Projection, ResidualNorm, SelfAttention
 from meter_fast.models.config import FusionConfig, KernelsConfig
-from meter_fast.models.fusion import Fused, Fusion, Need, Part, split_record, spread, spread_texts
+from meter_fast.models.fusion import (
+    Fused,
+    Fusion,
+    Need,
+    Part,
+    differ_in_type,
+    split_record,
+    spread,
+    spread_texts,
+)
 from meter_fast.models.packing import Packing
 from meter_fast.models.sides import Side, attend_across, split_heads
 
@@ -160,7 +169,6 @@ class CoAttention(Fusion):
         image: Tensor,
         text_mask: Tensor,
         parts: tuple[Part, ...],
-        image_type: int = 1,
         with_attention: bool = False,
         packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
@@ -175,7 +183,7 @@ class CoAttention(Fusion):
             sides = [Side.packed_text(packing) for packing in packings]
             whole = sides[0] if len(sides) == 1 else Side.packed_text(Packing.join(packings))
             distinct = whole if masks is text_mask else Side.packed_text(Packing.of(text_mask))
-        text, image = self._project(distinct.lying(text), image, image_type)
+        text, image = self._project(distinct.lying(text), image, parts)
         record: list[Tensor] | None = [] if with_attention else None
         text, text_attended = self._spread_texts(text, distinct, whole, parts)
         image, image_attended = self._spread_images(image, parts)
@@ -201,8 +209,8 @@ class CoAttention(Fusion):
         return each[0], each[1] if len(each) > 1 else None
 
     def _spread_images(self, image: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor | None]:
-        """The same of image [N,V,D], each picture once -> [P,V,D]."""
-        if all(part.images is None for part in parts) and len(parts) == 1:
+        """The same of image [N,V,D], each picture once -> [P,V,D]; where parts differ in type it is [P,V,D] already."""
+        if differ_in_type(parts) or (len(parts) == 1 and parts[0].images is None):
             return image, None
         attended = None
         if len(self.layers) > 1:

@@ -2,7 +2,7 @@
 runs.
 
 FOLDER/model.safetensors   weights, our names
-FOLDER/config.json         {"format": "meter-fast", "version": 1, "model": {...}}
+FOLDER/config.json         {"format": "meter-fast", "version": 1, "model": {...}, "inputs": {...}}
 FOLDER/tokenizer/          the tokenizer's files, as transformers writes them
 FOLDER/answers.json        of a model that answers questions: the text of each answer, in order
 """
@@ -32,11 +32,13 @@ def save_export(
     tokenizer_folder: str | Path | None,
     state: Mapping[str, Tensor] | None = None,
     answers: str | None = None,
+    inputs: Mapping[str, str | int] | None = None,
 ) -> Path:
     """Writes the folder, complete or not at all; one that is there already is replaced. Returns its path.
 
     state: values to write in place of the model's own (the master weights of a ZeRO run), by our names, all of them.
-    answers: what answers.json holds. tokenizer_folder: its files are copied; None leaves the tokenizer out. Raises
+    answers: what answers.json holds. inputs: "transform" and "max_text_length" of the pictures and texts that the model
+    was trained on. tokenizer_folder: its files are copied; None leaves the tokenizer out. Raises
     ValueError for a folder that is not there or a state that is not the model's.
     """
     folder = Path(folder)
@@ -48,6 +50,8 @@ def save_export(
     if state is not None and set(state) != set(own):
         raise ValueError(f"the state to export is not that of the model: {sorted(set(state) ^ set(own))[:4]} differ")
     description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(_without_sources(model.config))}
+    if inputs is not None:
+        description["inputs"] = dict(inputs)
     return write_export(folder, state or own, description, tokenizer_folder, answers)
 
 
@@ -88,6 +92,14 @@ def load_export(folder: str | Path) -> Meter:
     model = Meter(_read_config(description.get("model"), folder / CONFIG), load_weights=False)
     copy_into(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return model.eval()
+
+
+def read_inputs(folder: str | Path) -> dict[str, str | int]:
+    """How the pictures and texts of an exported model were prepared: what `save_export` was told, or nothing."""
+    inputs = read_json(Path(folder) / CONFIG).get("inputs", {})
+    if not isinstance(inputs, dict):
+        raise ValueError(f'{Path(folder) / CONFIG}: its "inputs" is no object; remove it')
+    return inputs
 
 
 def _without_sources(config: ModelConfig) -> ModelConfig:

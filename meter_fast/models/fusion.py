@@ -34,12 +34,14 @@ class Part:
     images [pairs] int64: index of each pair's picture; None: pair i is of picture i.
     texts [pairs] int64: index of each pair's text; None: the texts of the parts stand one after the other, one for each
     pair. Either all parts tell it or none does.
+    image_type: row of the token types added to the pictures (2: the second picture of NLVR2).
     """
 
     need: Need
     pairs: int
     images: Tensor | None = None
     texts: Tensor | None = None
+    image_type: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,16 @@ class Fusion(nn.Module):
         self.image_pooler = Pooler(config.width) if pooled else None
         self.activation_checkpointing = False
 
-    def _project(self, text: Tensor, image: Tensor, image_type: int) -> tuple[Tensor, Tensor]:
-        """Both sides in the fusion's width, with rows 0 and `image_type` of the token types."""
-        types = self.token_types(torch.arange(0, image_type + 1, image_type, device=text.device))
-        return self.text_projection(text) + types[0], self.image_projection(image) + types[1]
+    def _project(self, text: Tensor, image: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
+        """Both sides in the fusion's width, with their token types: the text, and each picture once [N,V,D] or, where
+        the parts differ in type, once for each pair [P,V,D]."""
+        kinds = [part.image_type for part in parts]
+        types = self.token_types(torch.arange(max(kinds) + 1, device=text.device))
+        text, image = self.text_projection(text) + types[0], self.image_projection(image)
+        if not differ_in_type(parts):
+            return text, image + types[kinds[0]]
+        own = spread(image, parts).split([part.pairs for part in parts])
+        return text, torch.cat([rows + types[kind] for rows, kind in zip(own, kinds, strict=True)])
 
     def _run(self, layer: nn.Module, *inputs: object) -> Any:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -95,6 +103,25 @@ class Fusion(nn.Module):
         """text [P,L,D], image [P,V,D] -> cls [P,2D]: of the first token of each, or of the mean of the image's."""
         own = image.mean(1) if self.image_mean else image[:, 0]
         return torch.cat([self.text_pooler(text[:, 0]), self.image_pooler(own)], dim=-1)
+
+
+def differ_in_type(parts: tuple[Part, ...]) -> bool:
+    """Whether the parts add different token types to their pictures."""
+    return len({part.image_type for part in parts}) > 1
+
+
+def fit_token_types(table: Tensor, rows: int) -> Tensor:
+    """A table of token types [R,D] -> [rows,D]: what it lacks are copies of its last row, as published (METER
+    `modules/meter_module.py`: NLVR2's second picture starts as the first); what is beyond is left out."""
+    lacking = max(0, rows - len(table))
+    return torch.cat([table[:rows], table[-1:].expand(lacking, -1)])
+
+
+def refit(name: str, before: int, after: int) -> str:
+    """What `fit_token_types` did to a table of `before` rows, in words."""
+    if before < after:
+        return f"resized: {name} from {before} to {after} rows, new ones start as row {before - 1}"
+    return f"resized: {name} from {before} to {after} rows, row {', '.join(map(str, range(after, before)))} left out"
 
 
 def spread(image: Tensor, parts: tuple[Part, ...]) -> Tensor:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from meter_fast.models.blocks import FeedForward, SelfAttention
 from meter_fast.models.config import FusionConfig, KernelsConfig
-from meter_fast.models.fusion import Fused, Fusion, Need, Part, split_record, spread, spread_texts
+from meter_fast.models.fusion import (
+    Fused,
+    Fusion,
+    Need,
+    Part,
+    differ_in_type,
+    split_record,
+    spread,
+    spread_texts,
+)
 from meter_fast.models.packing import Packing
 from meter_fast.models.sides import Side
 
@@ -77,17 +86,17 @@ class MergedAttention(Fusion):
         image: Tensor,
         text_mask: Tensor,
         parts: tuple[Part, ...],
-        image_type: int = 1,
         with_attention: bool = False,
         packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
         """One `Fused` per part. text [T,L,E] holds the texts that `Part` tells of, image [N,V,E'] each picture once.
         packings: not needed, `text_mask` says where the tokens are."""
         sizes = [part.pairs for part in parts]
-        text, image = self._project(text, image, image_type)
+        text, image = self._project(text, image, parts)
         images = image.shape[1]
         text_mask = spread_texts(text_mask, parts)
-        x = torch.cat([spread(image, parts), spread_texts(text, parts)], dim=1)
+        image = image if differ_in_type(parts) else spread(image, parts)
+        x = torch.cat([image, spread_texts(text, parts)], dim=1)
         side = Side.merged(text_mask, images)
         record: list[Tensor] | None = [] if with_attention else None
         for layer in self.layers[:-1]:

@@ -118,11 +118,11 @@ class Meter(nn.Module):
         """
         if text.shape[0] != image.shape[0]:
             raise ValueError(f"{text.shape[0]} texts and {image.shape[0]} pictures: give one picture for each text")
-        parts = (Part(need, text.shape[0]),)
+        parts = (Part(need, text.shape[0], image_type=image_type),)
         if attention:  # the weights are those of padded texts
-            fused = self.fusion(text, image, text_mask, self._of_fusion(parts), image_type, attention)
+            fused = self.fusion(text, image, text_mask, self._of_fusion(parts), attention)
             return self._classified(fused, text_mask, parts)[0]
-        return self.fuse_parts(text, image, text_mask, parts, image_type)[0]
+        return self.fuse_parts(text, image, text_mask, parts)[0]
 
     def fuse_parts(
         self,
@@ -130,7 +130,6 @@ class Meter(nn.Module):
         image: Tensor,
         text_mask: Tensor,
         parts: tuple[Part, ...],
-        image_type: int = 1,
         packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
         """Several `fuse` at once over shared pictures: the same results, with less work.
@@ -147,7 +146,7 @@ class Meter(nn.Module):
             packings = None
         elif packings is None:
             packings = tuple(Packing.of(mask) for mask in masks.split([part.pairs for part in parts]))
-        fused = self.fusion(text, image, text_mask, self._of_fusion(parts), image_type, packings=packings)
+        fused = self.fusion(text, image, text_mask, self._of_fusion(parts), packings=packings)
         return self._classified(fused, masks, parts)
 
     def _of_fusion(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:

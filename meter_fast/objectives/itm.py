@@ -6,11 +6,11 @@ of pairs that do not are other rows of the same batch, or pictures drawn for the
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from meter_fast.data.batch import PretrainBatch
 from meter_fast.models.meter import Fused, Meter, Need, Part
+from meter_fast.objectives.losses import classified
 from meter_fast.objectives.reading import Reading
 
 HEAD = "itm_head"
@@ -35,6 +35,4 @@ def count(batch: PretrainBatch) -> int:
 
 def loss(model: Meter, fused: Fused, batch: PretrainBatch, total: float) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy over the pairs / total, float32 scalar; pairs told rightly, int64 scalar."""
-    logits = model.itm_head(fused.cls)
-    value = F.cross_entropy(logits.float(), batch.itm_labels, reduction="sum") / total
-    return value, (logits.detach().argmax(dim=-1) == batch.itm_labels).sum()
+    return classified(model.itm_head(fused.cls), batch.itm_labels, total)

@@ -25,13 +25,15 @@ from meter_fast.objectives import (
     mim_codes,
     mim_in_batch,
     mlm,
+    nlvr2,
     reconstruction,
     retrieval,
+    snli_ve,
     span_denoising,
     vqa,
 )
 from meter_fast.objectives.losses import Losses
-from meter_fast.objectives.reading import Reading
+from meter_fast.objectives.reading import Reading, fuse_readings
 
 OBJECTIVES: dict[str, ModuleType] = {
     "mlm": mlm,
@@ -41,6 +43,8 @@ OBJECTIVES: dict[str, ModuleType] = {
     "span_denoising": span_denoising,
     "caption": caption,
     "vqa": vqa,
+    "nlvr2": nlvr2,
+    "snli_ve": snli_ve,
     "retrieval": retrieval,
 }
 SETTINGS = {  # that give a model the head
@@ -50,6 +54,8 @@ SETTINGS = {  # that give a model the head
     "mim_codes_head": "mim_codes_head=NUMBER",
     "lm_head": "decoder.layers=3",
     "vqa_head": "vqa_answers=NUMBER",
+    "nlvr2_head": "nlvr2_head=true",
+    "snli_head": "snli_head=true",
     "rank_head": "rank_head=true",
 }
 
@@ -88,8 +94,7 @@ class JointLoss(nn.Module):
         image = self.model.encode_image(torch.cat(pictures) if len(pictures) > 1 else batch.images)
         ids, mask = self._texts(readings)
         text, packings = self._encode_text(ids, mask, readings)
-        parts = tuple(reading.part for reading in readings)
-        fused = self.model.fuse_parts(text, image, mask, parts, packings=packings)
+        fused = fuse_readings(self.model, text, image, mask, readings, packings)
         losses, metrics = {}, {}
         for name, rows in zip(self.objectives, fused, strict=True):
             losses[name], correct = OBJECTIVES[name].loss(self.model, rows, batch, totals[name])

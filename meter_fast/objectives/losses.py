@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,3 +16,10 @@ class Losses:
     loss: Tensor
     parts: dict[str, Tensor]
     metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+def classified(logits: Tensor, labels: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """logits [B,C], labels [B] int64 -> summed cross-entropy / total, float32 scalar; how many have the largest logit
+    at their label, int64 scalar."""
+    value = F.cross_entropy(logits.float(), labels, reduction="sum") / total
+    return value, (logits.detach().argmax(dim=-1) == labels).sum()

@@ -25,6 +25,7 @@ from typing import Literal
 from meter_fast.config import DataConfig, EngineConfig, ObjectivesConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.models.text_presets import TextChoice
 from meter_fast.models.vision_presets import VisionChoice
+from meter_fast.recipes.fine_tuning import with_encoders_of
 from meter_fast.recipes.pretrain import FusionChoice, pretrain
 from meter_fast.recipes.pretrain import base as pretrained_base
 from meter_fast.recipes.pretrain import tiny as pretrained_tiny
@@ -65,7 +66,8 @@ def retrieval_coco(
 
 
 def _retrieval(name: str, size: str, vision: str, text: str, fusion: str, published: str) -> RunConfig:
-    config = _with_model(base() if size == "base" else tiny(), pretrain(size, vision, text, fusion), text)
+    config = with_encoders_of(pretrain(size, vision, text, fusion), base() if size == "base" else tiny(), text)
+    model = replace(config.model, itm_head=True, rank_head=True)
     sources, held_out = SPLITS[name]
     goals = config.objectives
     if published == "true":
@@ -73,21 +75,7 @@ def _retrieval(name: str, size: str, vision: str, text: str, fusion: str, publis
         goals = replace(goals, itm_negatives="dataset", false_text_choice="dataset")
     data = replace(config.data, sources=sources, val_sources=held_out)
     run = replace(config.run, dir=f"runs/{name}-{size}")
-    return replace(config, data=data, objectives=goals, run=run)
-
-
-def _with_model(config: RunConfig, before: RunConfig, text: str) -> RunConfig:
-    """`config` with the model of the pre-training run `before`, its ITM head and a rank head, and what belongs to its
-    encoders.
-
-    The picture's side is the nearest below that its tokens divide.
-    """
-    vision, side = before.model.vision, config.model.vision.image_size
-    vision = replace(vision, image_size=side // vision.patch_size * vision.patch_size)
-    model = replace(before.model, vision=vision, mlm_head=False, itm_head=True, rank_head=True)
-    tokenizer = before.data.tokenizer if text != "default" and before.data.tokenizer != "trained" else None
-    data = replace(config.data, tokenizer=tokenizer or config.data.tokenizer, transform=before.data.transform)
-    return replace(config, model=model, data=data)
+    return replace(config, model=model, data=data, objectives=goals, run=run)
 
 
 def base() -> RunConfig:

@@ -24,6 +24,7 @@ from typing import Literal
 from meter_fast.config import DataConfig, EngineConfig, ObjectivesConfig, OptimConfig, RunConfig, RunOptions
 from meter_fast.models.text_presets import TextChoice
 from meter_fast.models.vision_presets import VisionChoice
+from meter_fast.recipes.fine_tuning import with_encoders_of
 from meter_fast.recipes.pretrain import FusionChoice, pretrain
 from meter_fast.recipes.pretrain import base as pretrained_base
 from meter_fast.recipes.pretrain import tiny as pretrained_tiny
@@ -44,7 +45,7 @@ def vqa(
     vision, text, fusion: as of `pretrain`, to be those of the model in run.init. published: train on the validation
     split, too. from_encoders: start from encoders alone, at size base with the learning rates of section 4.1.1.
     """
-    config = _on_questions(pretrain(size, vision, text, fusion), base() if size == "base" else tiny(), text)
+    config = with_encoders_of(pretrain(size, vision, text, fusion), base() if size == "base" else tiny(), text)
     if published == "true":
         config = replace(config, data=replace(config.data, sources=("vqa",), val_sources=()))
     if from_encoders == "true" and size == "tiny":  # its encoders have no weights: all starts at random
@@ -53,19 +54,6 @@ def vqa(
         rates = replace(config.optim, lr=1e-5, head_multiplier=10.0, cross_modal_multiplier=10.0)  # 1e-5 and 1e-4
         config = replace(config, optim=rates)
     return config
-
-
-def _on_questions(before: RunConfig, config: RunConfig, text: str) -> RunConfig:
-    """`config` with the model of the pre-training run `before`, less its heads, and what belongs to its encoders.
-
-    The picture's side is the nearest below that its tokens divide: 574 of 576 with patches of 14.
-    """
-    vision, side = before.model.vision, config.model.vision.image_size
-    vision = replace(vision, image_size=side // vision.patch_size * vision.patch_size)
-    model = replace(before.model, vision=vision, mlm_head=False, itm_head=False)
-    tokenizer = before.data.tokenizer if text != "default" and before.data.tokenizer != "trained" else None
-    data = replace(config.data, tokenizer=tokenizer or config.data.tokenizer, transform=before.data.transform)
-    return replace(config, model=model, data=data)
 
 
 def base() -> RunConfig:

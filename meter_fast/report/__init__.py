@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from meter_fast.config import NO_PRETRAINING, override
+from meter_fast.config import FINE_TUNING, override
 from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.scenes import WORD_KINDS
 from meter_fast.data.scenes.world import NOVEL_COMBINATIONS
@@ -52,9 +52,9 @@ def write_report(
     """
     began = time.monotonic()
     facts = read_run(run_dir)
-    tuned = [name for name in facts.config.objectives.names if name in NO_PRETRAINING]
+    tuned = [name for name in facts.config.objectives.names if name in FINE_TUNING]
     if tuned:
-        hint = f": meter-fast evaluate {run_dir} {tuned[0]}" if tuned[0] in ("vqa", "retrieval") else ""
+        hint = f": meter-fast evaluate {run_dir} {tuned[0]}" if tuned[0] != "reconstruction" else ""
         raise ReportError(f"{run_dir} is a run of {tuned[0]}, reports are of pre-training{hint}")
     data = override(facts.config, settings).data
     root = Path(data.root)

@@ -144,7 +144,7 @@ def _coverage(sources: Sources) -> str:
     lines = []
     total = sum(sources.weights) if sources.weights else 0
     for number, row in enumerate(sources.coverage()):
-        line = f"{row['source']}: {row['files']:,} files, {row['pictures']:,} pictures, "
+        line = f"{row['source']}: {row['files']:,} files, {row['pictures']:,} {row.get('shown', 'pictures')}, "
         line += f"{row['captions']:,} {row.get('texts', 'captions')}"
         if row["duplicates"]:
             line += f" ({row['duplicates']:,} duplicates left out)"

@@ -116,11 +116,12 @@ def fit_length(config: RunConfig, samples: int) -> RunConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, max_steps=steps, max_epochs=0.0))
 
 
-def open_images(config: RunConfig, world: World, dtype: torch.dtype) -> ImageBackend:
-    """The image back end of a run on this process's device."""
+def open_images(config: RunConfig, world: World, dtype: torch.dtype, most: int = 4) -> ImageBackend:
+    """The image back end of a run on this process's device. most: pictures in one batch, where these are more than two
+    for each sample."""
     return open_backend(
         config.data.backend, image_transform(config.data.transform, config.model.vision.image_size), world.device,
-        dtype, threads=max(1, config.data.workers), max_batch=max(4, 2 * config.engine.micro_batch),
+        dtype, threads=max(1, config.data.workers), max_batch=max(most, 2 * config.engine.micro_batch),
     )  # fmt: skip
 
 

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from meter_fast.config import ConfigError, DataConfig, RunConfig
 from meter_fast.data.answers import Answers, find_answers, read_answers
-from meter_fast.data.loader import TrainingLoader
-from meter_fast.data.order import SampleOrder, micro_slices
+from meter_fast.data.images import ImageBackend
 from meter_fast.data.question_tables import open_questions
-from meter_fast.data.questions import QuestionAssembler, question_split_loader
+from meter_fast.data.questions import QuestionAssembler
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 from meter_fast.models.export import ANSWERS
-from meter_fast.training.pairs import Pairs, open_images
+from meter_fast.training.about_pictures import open_loaders
+from meter_fast.training.pairs import Pairs
 from meter_fast.training.world import World
 
 
@@ -55,20 +55,12 @@ def open_question_loaders(
     accumulation: int, dtype: torch.dtype, answers: Answers | None = None,
 ) -> Pairs:  # fmt: skip
     """Order, loader and held-out split on this process's part of the run. Raises ValueError."""
-    data, engine, run = config.data, config.engine, config.run
+    data = config.data
     assert answers is not None
-    order = SampleOrder(sources.sizes, run.seed, engine.global_batch, sources.weights)
-    text = TextPipeline(tokenizer, data.max_text_length)
-    backend = open_images(config, world, dtype)
-    assembler = QuestionAssembler(sources, text, backend, run.seed, len(answers), data.max_image_pixels)
-    slices = micro_slices(engine.global_batch, world.size, engine.micro_batch, world.rank, accumulation, pairs=False)
-    loader = TrainingLoader(order, assembler, slices, data.workers, data.prefetch, data.max_bad_share)
-    held_out, validation = None, None
-    if data.val_sources:
-        held_out = open_questions(data.val_sources, data.root, data.val_split)
-        asked = QuestionAssembler(held_out, text, backend, run.seed, len(answers), data.max_image_pixels, replace=False)
-        validation = question_split_loader(
-            asked, batch_size=engine.micro_batch, rank=world.rank, world=world.size, limit=data.val_pairs,
-            workers=data.workers, max_bad_share=data.max_bad_share,
-        )  # fmt: skip
-    return Pairs(tokenizer, folder, sources, loader, backend, held_out, validation, answers)
+    held_out = open_questions(data.val_sources, data.root, data.val_split) if data.val_sources else None
+
+    def assemble(asked: Sources, text: TextPipeline, images: ImageBackend, replace: bool) -> QuestionAssembler:
+        return QuestionAssembler(asked, text, images, config.run.seed, len(answers), data.max_image_pixels, replace)
+
+    made = open_loaders(config, world, sources, held_out, tokenizer, folder, accumulation, dtype, assemble)
+    return replace(made, answers=answers)

@@ -5,21 +5,18 @@ Knows the model, the named state and the files. All functions are collective; on
 the others get their values from it, so nothing but the main process needs to see the run directory.
 """
 
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import torch
 from torch import Tensor, nn
 
-import meter_fast
 from meter_fast.config import ConfigError, RunConfig, flatten, from_dict, to_dict
 from meter_fast.interop import HEAD_NAMES, from_meter, original_name
 from meter_fast.models.export import load_export
+from meter_fast.models.fusion import fit_token_types, refit
 from meter_fast.models.image_tokenizer import load_image_tokenizer
 from meter_fast.models.positions import fit_positions, is_position_table
 from meter_fast.models.vq_vae import VqVae
@@ -27,6 +24,7 @@ from meter_fast.models.weights import copy_into
 from meter_fast.training import checkpoint
 from meter_fast.training.checkpoint import CheckpointError, Reader, Writer
 from meter_fast.training.state import FROZEN, KINDS, WEIGHT, NamedState
+from meter_fast.training.versions import versions
 from meter_fast.training.world import World
 
 # What decides which samples a step reads and what is asked about them: another value would not go on with this run.
@@ -39,6 +37,7 @@ FIXED = (
     "run.seed",
     "objectives.",
 )
+TOKEN_TYPES = "fusion.token_types.weight"
 # Says nothing about the run's results.
 FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "data.root", "data.workers",
         "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
@@ -173,6 +172,10 @@ def _given(config: RunConfig, model: nn.Module, notes: list[str]) -> dict[str, T
             before, after = (table.numel() // table.shape[-1] for table in (tensors[name], own))
             tensors[name] = fit_positions(tensors[name], own.shape, config.model.vision.grid, name)
             notes.append(f"resized: {name} from {before} to {after} rows")
+    types, own = tensors.get(TOKEN_TYPES), model.state_dict().get(TOKEN_TYPES)
+    if types is not None and own is not None and len(types) != len(own):
+        tensors[TOKEN_TYPES] = fit_token_types(types, len(own))
+        notes.append(refit(TOKEN_TYPES, len(types), len(own)))
     return _with_heads(tensors, model, notes)
 
 
@@ -210,12 +213,7 @@ def describe_run(config: RunConfig, world: World, identity: dict[str, Any]) -> d
         "config": to_dict(config),
         "identity": identity,
         "world_size": world.size,
-        "versions": {
-            "meter_fast": meter_fast.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

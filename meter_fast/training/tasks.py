@@ -5,7 +5,8 @@ the files of a run but its export.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.pairs import Pairs, open_pairs, open_training_sources
 from meter_fast.training.questions import fit_answers, open_question_loaders, open_training_questions
 from meter_fast.training.ranking import open_ranked_pairs
+from meter_fast.training.statements import open_statement_loaders, open_training_statements
 from meter_fast.training.tokenizing import (
     make_tokenizer,
     open_pictures,
@@ -56,7 +58,8 @@ def joint_loss(model: Meter, config: RunConfig) -> JointLoss:
 def write_meter(config: RunConfig, folder: Path, tensors: Mapping[str, Tensor], pairs: Pairs) -> None:
     """The export folder."""
     names = pairs.answers.text() if pairs.answers is not None else None
-    save_export(Meter(config.model, load_weights=False), folder, pairs.tokenizer_folder, tensors, names)
+    inputs = {"transform": config.data.transform, "max_text_length": config.data.max_text_length}
+    save_export(Meter(config.model, load_weights=False), folder, pairs.tokenizer_folder, tensors, names, inputs)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,23 @@ PRETRAINING = Task(
     loss=lambda scores: sum(part["loss"] for part in scores.values()),
     next_command="meter-fast report {run}",
 )
+CAPTIONING = replace(PRETRAINING, next_command="meter-fast evaluate {run} caption")
+
+
+def statement_task(name: str) -> Task:
+    """Fine-tuning on statements about pictures."""
+    return Task(
+        open_sources=partial(open_training_statements, name),
+        fit=lambda config, sources: (config, None),
+        open_data=partial(open_statement_loaders, name),
+        loss=lambda scores: -scores[name]["accuracy"],  # the published choice (METER, val/the_metric)
+        next_command=f"meter-fast evaluate {{run}} {name}",
+    )
+
+
 TASKS = {
+    "nlvr2": statement_task("nlvr2"),
+    "snli_ve": statement_task("snli_ve"),
     "vqa": Task(
         open_sources=open_training_questions,
         fit=fit_answers,
@@ -126,5 +145,7 @@ TASKS = {
 
 
 def task_of(objectives: Sequence[str]) -> Task:
-    """The task of objectives.names: that of an objective which trains alone, or pre-training."""
+    """The task of objectives.names: that of an objective which trains alone, captioning, or pre-training."""
+    if tuple(objectives) == ("caption",):
+        return CAPTIONING
     return next((TASKS[name] for name in objectives if name in TASKS), PRETRAINING)

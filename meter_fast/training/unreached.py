@@ -4,10 +4,12 @@ A parameter without a gradient is left alone by AdamW, as published, but ZeRO gi
 decay. Freezing says the same to both.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
-from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, TextToText, VqaBatch
+from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, TextToText, VqaBatch
 from meter_fast.models.config import ModelConfig
 
 
@@ -16,7 +18,8 @@ def freeze_unreached(module: nn.Module, config: ModelConfig) -> list[str]:
     Returns their names.
     """
     module.zero_grad(set_to_none=True)
-    module(_two_questions(config) if "vqa" in module.objectives else _two_pairs(config)).loss.backward()
+    smallest = SMALLEST.get(module.objectives[0], _two_pairs)
+    module(smallest(config)).loss.backward()
     unreached = [name for name, p in module.named_parameters() if p.grad is None]
     for name, parameter in module.named_parameters():
         parameter.grad = None
@@ -35,6 +38,19 @@ def _two_questions(config: ModelConfig) -> Batch:
         text_mask=torch.ones(2, 3, dtype=torch.bool),
         targets=torch.zeros(2, config.vqa_answers),
         question_ids=torch.arange(2),
+        sample_ids=torch.arange(2),
+    )
+
+
+def _two_statements(config: ModelConfig, pictures: int) -> Batch:
+    """The smallest batch of a task of statements: two about the same pictures."""
+    size, ids = config.vision.image_size, torch.full((2, 3), config.text.vocab_size - 1)
+    return StatementBatch(
+        images=torch.zeros(pictures, 3, size, size),
+        image_rows=torch.arange(pictures).expand(2, -1),
+        text_ids=ids,
+        text_mask=torch.ones(2, 3, dtype=torch.bool),
+        labels=torch.arange(2),
         sample_ids=torch.arange(2),
     )
 
@@ -68,3 +84,10 @@ def _two_pairs(config: ModelConfig) -> Batch:
 def _one_token_written(token: int) -> TextToText:
     ids, lengths = torch.full((2, 1), token), torch.tensor([1, 1])
     return TextToText(ids, ids == token, torch.tensor([0, 1]), ids, lengths, torch.tensor([0, 1]))
+
+
+SMALLEST = {  # batches of the objectives that train alone
+    "vqa": _two_questions,
+    "nlvr2": partial(_two_statements, pictures=2),
+    "snli_ve": partial(_two_statements, pictures=1),
+}

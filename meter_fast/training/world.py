@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 
@@ -27,7 +25,8 @@ class StoppedTogether(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run. `host`: the group for `sum`, `share` and `together`."""
+    """This process among all of the run. `host`: the group for `sum`, `share` and `together`; None for one that is
+    alone and has joined no group."""
 
     rank: int
     size: int
@@ -42,6 +41,8 @@ class World:
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all processes, float64. Collective."""
+        if self.host is None:
+            return values
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.host)
         return total.tolist()
@@ -51,6 +52,8 @@ class World:
         Collective.
         """
         text = _bytes(value)
+        if self.host is None:
+            return [_value(text)]
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([text.numel()]), group=self.host)
         padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
@@ -62,6 +65,8 @@ class World:
     def hear(self, value: Any) -> Any:
         """What the main process says; the others' `value` is not looked at. Collective."""
         text = _bytes(value) if self.is_main else torch.zeros(0, dtype=torch.uint8)
+        if self.host is None:
+            return _value(text)
         size = torch.tensor([text.numel()])
         dist.broadcast(size, 0, group=self.host)
         if not self.is_main:
@@ -103,7 +108,8 @@ class World:
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The main process's values of `tensor` (on `device`), in place. Collective."""
-        dist.broadcast(tensor, 0)
+        if self.host is not None:
+            dist.broadcast(tensor, 0)
         return tensor
 
 
@@ -115,10 +121,18 @@ def _value(text: Tensor) -> Any:
     return json.loads(text.numpy().tobytes())
 
 
+def alone(device: torch.device | str) -> World:
+    """A process by itself, without a launcher and without a group to join."""
+    return World(0, 1, 0, torch.device(device), None)
+
+
 def start(timeout_seconds: int) -> World:
     """Join the run that the launcher describes, or make one of a single process where there is no launcher.
 
     timeout_seconds: how long a collective of the default group may wait for a peer."""
+    import deepspeed  # slow, and of no use to a process that is alone
+    from deepspeed.accelerator import get_accelerator
+
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))

@@ -1,8 +1,10 @@
 """The loader of held-out pairs: each sample once on any number of ranks, bad ones left out."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
-from making import BAD_PICTURES, backend, caption, rows_of, sources_of, write_pairs
+from making import BAD_PICTURES, backend, caption, picture, rows_of, sources_of, table_of, write_pairs, write_table
 
 from meter_fast.data.loader import EvaluationLoader, evaluation_shares
 from meter_fast.data.order import OrderError
@@ -77,3 +79,30 @@ def test_evaluation_shares_are_complete_disjoint_even_and_never_empty():
                 assert all(0 < len(batch) <= max(4, batch_size) for batch in every)
                 assert all(batch[0] % 2 == 0 for batch in every)
                 assert np.concatenate(every).tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 20])
+def test_dealt_batches_are_those_of_one_process(damaged, tokenizer, world):
+    """Each once, some processes with fewer or none, and one without a usable sample is passed over."""
+    whole = evaluation(damaged, tokenizer, batch_size=4, max_bad_share=1.0)
+    parts = [whole.dealt(rank, world) for rank in range(world)]
+    rows = [rows_of(part) for part in parts]
+    alone = {row[0]: row for row in rows_of(evaluation(damaged, tokenizer, batch_size=4, max_bad_share=1.0))}
+    found = [row for several in rows for row in several]
+    assert {row[0]: row for row in found} == alone and len(found) == len(alone)
+    assert sum((part.skipped for part in parts), Counter()) == {cause: 6 for cause in BAD_PICTURES} | {
+        "empty caption": 3
+    }
+    assert sum(map(len, parts)) == len(whole) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_dealt_batch_without_a_usable_sample_is_passed_over(tmp_path, tokenizer):
+    images = [b"no picture"] * 8 + [picture(number) for number in range(8)]
+    write_table(tmp_path / "own.arrow", table_of(images, [[caption(number)] for number in range(16)]))
+    sources = open_sources(["arrow:own"], tmp_path)
+    whole = evaluation(sources, tokenizer, batch_size=4, max_bad_share=1.0)
+    whole.samples = np.arange(16)
+    with pytest.raises(BadDataError, match="no sample of an evaluation batch"):
+        list(whole)
+    seen = [sorted(row[0] for row in rows_of(whole.dealt(rank, 2))) for rank in range(2)]
+    assert seen == [[8, 9, 10, 11], [12, 13, 14, 15]]

@@ -13,12 +13,13 @@ from golden_cases import GOLDEN
 from making import BAD_PICTURES, WORDS, backend, picture, write_table
 from transformers import PreTrainedTokenizerFast
 
+from meter_fast.data.about_pictures import split_loader
 from meter_fast.data.answers import Answers, AnswersError, find_answers, names_in_tables, read_answers
 from meter_fast.data.batch import VqaBatch
 from meter_fast.data.loader import TrainingLoader
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices
 from meter_fast.data.question_tables import open_questions
-from meter_fast.data.questions import QuestionAssembler, question_split_loader
+from meter_fast.data.questions import QuestionAssembler
 from meter_fast.data.samples import BadDataError
 from meter_fast.data.sources import SourceError
 from meter_fast.data.tables import TableError
@@ -311,7 +312,7 @@ def test_evaluation_reads_each_question_once(asked, tokenizer, world: int) -> No
     lengths = set()
     for rank in range(world):
         reader = assembler_of(asked, tokenizer, replace=False)
-        loader = question_split_loader(reader, batch_size=20, rank=rank, world=world)
+        loader = split_loader(reader, batch_size=20, rank=rank, world=world)
         batches = list(loader)
         lengths.add(len(batches))
         assert max(map(len, batches)) <= 20
@@ -321,18 +322,16 @@ def test_evaluation_reads_each_question_once(asked, tokenizer, world: int) -> No
 
 
 def test_evaluation_leaves_the_bad_out_and_draws_fairly(spoilt, tokenizer) -> None:
-    loader = question_split_loader(assembler_of(spoilt, tokenizer, replace=False), batch_size=16, max_bad_share=0.9)
+    loader = split_loader(assembler_of(spoilt, tokenizer, replace=False), batch_size=16, max_bad_share=0.9)
     batches = list(loader)
     seen = [int(sample) for batch in batches for sample in batch.sample_ids]
     assert len(set(seen)) == len(seen) == len(spoilt) - loader.skipped.total() < len(spoilt)
-    part = question_split_loader(
-        assembler_of(spoilt, tokenizer, replace=False), batch_size=8, limit=30, max_bad_share=0.9
-    )
+    part = split_loader(assembler_of(spoilt, tokenizer, replace=False), batch_size=8, limit=30, max_bad_share=0.9)
     drawn = [int(sample) for batch in part for sample in batch.sample_ids]
     assert len(drawn) + part.skipped.total() == 30
     assert drawn == sorted(drawn) and drawn[-1] > len(spoilt) // 2
     with pytest.raises(OrderError, match="2 questions on 3 ranks"):
-        question_split_loader(assembler_of(spoilt, tokenizer), batch_size=8, limit=2, world=3)
+        split_loader(assembler_of(spoilt, tokenizer), batch_size=8, limit=2, world=3)
 
 
 def test_labels_beyond_the_answers_are_refused(asked, tokenizer) -> None:

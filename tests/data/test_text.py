@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from meter_fast.data.text import BadCaption, TextPipeline, check_caption
+from meter_fast.data.caption_check import BadCaption, check_caption
+from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import train_tokenizer
 
 CAPTIONS = ["A small red cube on a table.", "two dogs", "a red cube left of two dogs on a large table"]

@@ -103,7 +103,7 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("layers", [1, 3])
 def test_equals_torchs_layers(layers: int, need: Need) -> None:
     fusion, (text, image, mask) = small_fusion(layers), small_inputs()
-    found = fusion(text, image, mask, (Part(need, 4),), image_type=2)[0]
+    found = fusion(text, image, mask, (Part(need, 4, image_type=2),))[0]
     expected = cut(plain(fusion, text, image, mask, 2)[:3], need)
     for name in ("text", "image", "cls"):
         ours, theirs = getattr(found, name), getattr(expected, name)

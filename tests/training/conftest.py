@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ranks import RankServer
-from small_run import make_data
+from small_run import make_data, settings
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +20,11 @@ def ranks() -> Iterator[RankServer]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tables and a tokenizer."""
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def pretrained(ranks: RankServer, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of two steps of pre-training."""
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    ranks.train(1, run, settings(data, "run.max_steps=2", "engine.dtype=fp32")).check()
+    return run

@@ -1,8 +1,6 @@
 """Steps of retrieval by DeepSpeed and by a plain loop, inside one process of a test run. Helpers only, no tests."""
 
 import json
-import runpy
-import sys
 from dataclasses import replace
 
 import torch
@@ -78,16 +76,6 @@ def steps_by_engine(config: RunConfig, world: worlds.World) -> dict:
         numbers = engine.step(step, batches, counts).read()
         losses.append(world.sum([sum(numbers.losses.values())])[0] / (engine.accumulation * world.size))
     return {"losses": losses, "weights": {name: tensor.clone() for _, name, tensor in engine.state.read((WEIGHT,))}}
-
-
-def evaluate(argv: list[str]) -> int:
-    """`python -m meter_fast.evaluate` in this process."""
-    sys.argv[1:] = argv
-    try:
-        runpy.run_module("meter_fast.evaluate", run_name="__main__")
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def compare_retrieval(out: str, cases: list[dict]) -> int:

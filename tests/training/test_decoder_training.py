@@ -127,7 +127,7 @@ def test_two_processes_follow_one(fusion: str, ranks: RankServer, data: Path, tm
     assert len(one) == 6 and one[-1][0] < one[0][0]
     for row, other in zip(one, two, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
-    model = meter_fast.load(tmp_path / "two")
+    model = meter_fast.load_model(tmp_path / "two")
     tokenizer = load_tokenizer(tmp_path / "two" / "export" / "tokenizer")
     assert model.config.decoder == DecoderConfig(1) and len(tokenizer) == model.config.text.vocab_size
     assert len(read_sentinels(tokenizer)) == 4  # 12 of 40 tokens in spans of 3

@@ -93,7 +93,7 @@ def test_a_model_learns_its_codes(ranks: RankServer, data: Path, tokenizer: Path
     (scores,) = [row["evaluation"] for row in rows if "evaluation" in row]
     assert list(scores) == ["mlm", "itm", "mim_in_batch", "mim_codes"]
     assert scores["mim_codes"]["count"] == scores["mim_in_batch"]["count"] == scores["itm"]["count"]
-    model = meter_fast.load(tmp_path)
+    model = meter_fast.load_model(tmp_path)
     assert model.config.mim_in_batch_head and model.config.mim_codes_head == 24
     again = evaluate_split(tmp_path, "pretrain", [f"data.root={data}"], device="cpu")
     assert again["mim_codes"]["loss"] == pytest.approx(scores["mim_codes"]["loss"], rel=2e-2)

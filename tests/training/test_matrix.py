@@ -65,4 +65,5 @@ def test_three_steps(ranks: RankServer, data: Path, tmp_path: Path, choice: str)
     trained = [name for name in first if name.startswith("weight/")]
     still = [name for name in trained if torch.equal(first[name], last[name])]
     assert len(trained) > 50 and not still, still
-    meter_fast.load(tmp_path)
+    opened = meter_fast.load(tmp_path)
+    assert opened.transform.name == "clip" and opened.max_length == 40

@@ -145,4 +145,4 @@ def test_zero_3_follows_one_process(ranks: RankServer, data: Path, tmp_path: Pat
     ranks.train(1, tmp_path / "one", [*chosen, "engine.zero=0"]).check()
     ranks.train(2, tmp_path / "two", [*chosen, "engine.zero=3", "engine.activation_checkpointing=true"]).check()
     assert worst(losses(tmp_path / "two"), losses(tmp_path / "one")) < 1e-5
-    assert meter_fast.load(tmp_path / "two").config.fusion.name == "merged_attention"
+    assert meter_fast.load_model(tmp_path / "two").config.fusion.name == "merged_attention"

@@ -80,7 +80,7 @@ def test_from_a_pre_trained_model_to_recall(ranks: RankServer, data: Path, pretr
         "held out at step 3: retrieval ir_r1", f"meter-fast evaluate {run} retrieval",
     ):  # fmt: skip
         assert part in ended.logs[0], (part, ended.logs[0])
-    model, before = meter_fast.load(run), meter_fast.load(pretrained)
+    model, before = meter_fast.load_model(run), meter_fast.load_model(pretrained)
     assert torch.equal(model.itm_head.weight, before.itm_head.weight)
     assert not torch.equal(model.rank_head.weight, before.itm_head.weight[1:])
     assert (model.rank_head.weight - before.itm_head.weight[1:]).abs().max() < 1e-2
@@ -100,8 +100,9 @@ def test_two_processes_share_the_pictures_and_another_one_goes_on(
     alone = evaluate_retrieval(pretrained, more, scores=tmp_path / "alone")
     written = tmp_path / "recall.json"
     argv = [str(pretrained), "retrieval", *more, "--scores", str(tmp_path / "both"), "--json", str(written)]
-    ended = ranks.run(2, tmp_path / "log", "retrieval_parity:evaluate", argv=argv).check()
-    assert json.loads(written.read_text()) == alone and alone["pictures"] == 20 and alone["head"] == "itm_head"
+    ended = ranks.run(2, tmp_path / "log", "evaluate_workers:evaluate", argv=argv).check()
+    assert json.loads(written.read_text()) == {**alone, "world_size": 2}
+    assert alone["pictures"] == 20 and alone["head"] == "itm_head"
     assert "pictures 12/12 on each of 2 processes" in ended.logs[0] and "IR@1" not in ended.logs[1]
     expected = (tmp_path / "alone" / "scores.f32").read_bytes()
     assert (tmp_path / "both" / "scores.f32").read_bytes() == expected
@@ -116,7 +117,7 @@ def test_two_processes_share_the_pictures_and_another_one_goes_on(
     assert (tmp_path / "both" / "scores.f32").read_bytes() == expected and "pictures 8/8" in lines[-1]
     with pytest.raises(ValueError, match="holds scores of something else"):
         evaluate_retrieval(pretrained, more, 10, scores=tmp_path / "both")
-    ended = ranks.run(2, tmp_path / "log2", "retrieval_parity:evaluate", argv=[*argv, "--pictures", "10"]).check(2)
+    ended = ranks.run(2, tmp_path / "log2", "evaluate_workers:evaluate", argv=[*argv, "--pictures", "10"]).check(2)
     assert "holds scores of something else" in ended.logs[0] and "Traceback" not in ended.logs[1]
 
 

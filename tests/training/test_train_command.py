@@ -75,7 +75,7 @@ def test_launcher_interrupted_and_started_again(data, tmp_path):
     assert max(checkpoint.steps(run / "checkpoints")) == end
     images = torch.zeros(1, 3, 32, 32)
     for folder in (run, run / "best"):
-        assert torch.isfinite(meter_fast.load(folder).encode_image(images)).all()
+        assert torch.isfinite(meter_fast.load_model(folder).encode_image(images)).all()
     assert (run / "export" / "tokenizer" / "tokenizer.json").is_file() and (run / "config.json").is_file()
 
 

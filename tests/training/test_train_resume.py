@@ -52,7 +52,7 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(ranks: RankServer, data: Path,
     assert samples(whole, world).items() >= samples(parts, world).items()
     assert losses(parts) == losses(whole) and len(losses(whole)) == 2 * half
     assert_same_bits(tensors(parts, 2 * half), tensors(whole, 2 * half))
-    exported = {f"weight/{name}": tensor for name, tensor in meter_fast.load(parts).state_dict().items()}
+    exported = {f"weight/{name}": tensor for name, tensor in meter_fast.load_model(parts).state_dict().items()}
     assert_same_bits(exported, {n: t for n, t in tensors(whole, 2 * half).items() if n.startswith("weight/")}, least=60)
 
 
@@ -102,7 +102,7 @@ def test_weights_only_start(ranks: RankServer, data: Path, tmp_path: Path, encod
     short = settings(data, *encoder, "engine.dtype=fp32", "run.max_steps=2")
     ranks.train(1, first, short).check()
     published = tmp_path / "published.ckpt"
-    torch.save({"state_dict": to_meter(meter_fast.load(first)), "epoch": 3}, published)
+    torch.save({"state_dict": to_meter(meter_fast.load_model(first)), "epoch": 3}, published)
     for name, given in (("a", first / "checkpoints" / "step-00000002"), ("b", first / "export"), ("c", published)):
         again = tmp_path / name
         more = [f"run.init={given}", f"model.vision.image_size={larger}", "run.max_steps=1", "optim.warmup=1"]
@@ -132,7 +132,7 @@ def test_what_no_objective_reaches_stays_as_it_is(ranks: RankServer, data: Path,
     assert not any(name.endswith("mlm_head.decoder.weight") for name in frozen)
     assert all(early[name].equal(late[name]) for name in frozen)
     assert not early["weight/mlm_head.decoder.weight"].equal(late["weight/mlm_head.decoder.weight"])
-    exported = meter_fast.load(run).state_dict()
+    exported = meter_fast.load_model(run).state_dict()
     assert exported["itm_head.weight"].equal(late["frozen/itm_head.weight"])
     shutil.rmtree(run / "checkpoints" / "step-00000004")
     ranks.train(2, run, chosen).check()

@@ -27,7 +27,7 @@ from meter_fast.training.resume import Start, load_weights
 
 ANSWERS = ["yes", "no", "red", "two"]
 CASES = [
-    {"zero": zero, "dtype": dtype, "accumulation": accumulation, "layer_decay": decay}
+    {"task": "vqa", "zero": zero, "dtype": dtype, "accumulation": accumulation, "layer_decay": decay}
     for zero, dtype, accumulation, decay in [
         (0, "fp32", 1, 1.0), (1, "fp32", 4, 0.7), (2, "fp32", 2, 0.7), (3, "fp32", 2, 0.7), (2, "bf16", 2, 1.0),
         (3, "bf16", 1, 0.7),
@@ -39,7 +39,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # largest relative difference of the l
 @pytest.mark.slow
 def test_steps_are_those_of_the_plain_loop(ranks: RankServer, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    ranks.run(2, tmp_path, "vqa_parity:compare_vqa", out=str(out), cases=CASES, timeout=400).check()
+    ranks.run(2, tmp_path, "fine_tuning_parity:compare_tuning", out=str(out), cases=CASES, timeout=400).check()
     results = json.loads(out.read_text())
     assert len(results) == len(CASES)
     for result in results:
@@ -106,14 +106,6 @@ def train_vqa(ranks: RankServer, world: int, run: Path, chosen: list[str], targe
     return ranks.run(world, run / "logs", target, argv=argv, **options)
 
 
-@pytest.fixture(scope="module")
-def pretrained(ranks: RankServer, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory of two steps of pre-training."""
-    run = tmp_path_factory.mktemp("pretrained") / "run"
-    ranks.train(1, run, settings(data, "run.max_steps=2", "engine.dtype=fp32")).check()
-    return run
-
-
 def test_from_a_pre_trained_model_to_answers(ranks: RankServer, vqa_data: Path, pretrained: Path, tmp_path: Path):
     """Weights but the head come from the export, the tokenizer too; the picture is larger; answers go into the export,
     and the score of the last evaluation is the one that `meter-fast evaluate` finds."""
@@ -129,7 +121,7 @@ def test_from_a_pre_trained_model_to_answers(ranks: RankServer, vqa_data: Path, 
         "held out at step 6: vqa loss", f"meter-fast evaluate {run} vqa",
     ):  # fmt: skip
         assert part in ended.logs[0], (part, ended.logs[0])
-    model, before = meter_fast.load(run), meter_fast.load(pretrained)
+    model, before = meter_fast.load_model(run), meter_fast.load_model(pretrained)
     assert json.loads((run / "export" / "answers.json").read_text()) == ANSWERS
     assert (run / "best" / "answers.json").is_file()
     assert model.config.vqa_answers == 4 and model.mlm_head is None
@@ -140,7 +132,7 @@ def test_from_a_pre_trained_model_to_answers(ranks: RankServer, vqa_data: Path, 
     scores = evaluate_split(run, "vqa", [], 20)
     assert scores["vqa"]["all"]["score"] == pytest.approx(said["accuracy"], abs=1e-6)
     assert scores["vqa"]["all"]["count"] == said["count"] == 20
-    with pytest.raises(ValueError, match=r"answers no questions.*fine-tune it first"):
+    with pytest.raises(ValueError, match=r"not trained on vqa.*fine-tune it first"):
         evaluate_split(pretrained, "vqa", [f"data.root={vqa_data}"])
     write_question_table(tmp_path / "other.arrow", 4, 0, ["no", "yes", "red", "two"])
     with pytest.raises(ValueError, match=r"other calls label 0 'no', where it should be 'yes'"):

@@ -1,7 +1,7 @@
 """What a model says of pictures: fills of hidden words, match probabilities, captions, and where a word looks.
 
 Knows a Meter, a tokenizer and encoded pictures. Knows no files, no splits and no scores.
-Shape letters: B pairs, L text tokens, V image tokens, D width, S vocabulary, M hidden tokens.
+Shape letters: B pairs, N pictures, L text tokens, V image tokens, D width, S vocabulary, M hidden tokens.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meter_fast.data.spans import read_sentinels
 from meter_fast.models.generation import write
-from meter_fast.models.meter import Meter, Need
+from meter_fast.models.meter import Meter, Need, Part
 
 MAX_TEXT_LENGTH = 50  # tokens; METER, section 4.1
 MATCH = 1  # class of the ITM head that says "this caption belongs to this picture"
@@ -70,9 +70,32 @@ def place_of(model: Meter) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def hidden_logits(model: Meter, text: Tensor, image: Tensor, mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Encoded text [B,L,E] and pictures [B,V,D] -> logits [M,S] of the tokens at (rows, columns) [M] int64 each."""
-    fused = model.fuse(text, image, mask, need=Need.TEXT)
+def cls_of(model: Meter, text: Tensor, image: Tensor, mask: Tensor, images: Tensor, image_type: int = 1) -> Tensor:
+    """Encoded text [B,L,E] and pictures [N,V,D] -> cls [B,2D] ([B,D] of a decoder), which classifying heads read.
+
+    images [B] int64: the picture of each text. image_type: as for `Meter.fuse`.
+    """
+    (fused,) = model.fuse_parts(text, image, mask, (Part(Need.CLS, len(text), images, image_type=image_type),))
+    return fused.cls
+
+
+def hidden_logits(
+    model: Meter,
+    text: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    images: Tensor | None = None,
+) -> Tensor:
+    """Encoded text [B,L,E] and pictures [N,V,D] -> logits [M,S] of the tokens at (rows, columns) [M] int64 each.
+
+    images: as for `cls_of`; None: text i goes with picture i.
+    """
+    if images is None:
+        fused = model.fuse(text, image, mask, need=Need.TEXT)
+    else:
+        (fused,) = model.fuse_parts(text, image, mask, (Part(Need.TEXT, len(text), images),))
     return model.mlm_head(fused.text[rows, columns])
 
 
