@@ -39,8 +39,8 @@ def test_steps_are_those_of_the_plain_loop(ranks: RankServer, tmp_path: Path) ->
     for result in results:
         worst = max(abs(a - b) / b for a, b in zip(result["losses"], result["reference"], strict=True))
         assert worst < TOLERANCE[result["dtype"]], result
-        # Adam scales up what little gradient some tensors have after six steps, rounding included.
-        assert result["frozen"] and (result["dtype"] == "bf16" or result["weights"] < 2e-2), result
+        # retrieval_parity.NOISE says what is left out, and how exact float32 is
+        assert result["frozen"] and (result["dtype"] == "bf16" or result["weights"] < 1e-3), result
 
 
 # ------------------------------------------------------------------------------------------------------ the whole run
