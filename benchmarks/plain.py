@@ -1,4 +1,4 @@
-"""Pre-training and prediction without any saving, as the paper writes them: whole passes, logits everywhere, full last
+"""Pre-training, retrieval and prediction without any saving, as published: whole passes, logits everywhere, full last
 layers.
 
 The other side of every comparison, and the oracle of the tests of the exact savings.
@@ -47,6 +47,20 @@ def pad_text(batch: PretrainBatch, length: int, pad_id: int) -> PretrainBatch:
         masked_rows=rows,
         text_rows=None,
     )
+
+
+@torch.inference_mode()
+def plain_match_scores(model: Meter, images: Tensor, ids: list[list[int]], length: int) -> Tensor:
+    """Rank scores [N,T] float32 of images [N,3,H,W] against texts of token ids, as in the published loop: for each
+    picture all texts, padded to `length`, each with a picture of its own and through every row of every layer."""
+    texts = torch.tensor([row + [model.config.text.pad_id] * (length - len(row)) for row in ids], device=images.device)
+    mask = torch.arange(length, device=images.device) < torch.tensor([[len(row)] for row in ids], device=images.device)
+    rows = []
+    for picture in images:
+        image = model.encode_image(picture.expand(len(ids), *picture.shape))
+        cls = model.fuse(model.encode_text(texts, mask), image, mask).cls
+        rows.append(model.rank_head(cls)[:, 0].float())
+    return torch.stack(rows)
 
 
 def plain_scores(model: Meter, head: str, pictures: tuple[Tensor, ...], ids: Tensor, mask: Tensor) -> Tensor:

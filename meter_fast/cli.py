@@ -5,7 +5,6 @@ Knows arguments and messages; each command is carried out elsewhere, and heavy l
 """
 
 import argparse
-import json
 import os
 import socket
 import sys
@@ -59,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--pairs", type=int, metavar="N", help="score N pairs (default: all)")
     evaluate.add_argument("--pictures", type=int, metavar="N", help="retrieval, caption: N pictures (default: all)")
+    evaluate.add_argument("--scores", type=Path, metavar="DIR", help="retrieval: keep scores, and go on from them")
+    evaluate.add_argument("--dtype", choices=["fp32", "bf16"], help="retrieval: of the model (default fp32)")
     evaluate.add_argument("--beams", type=int, metavar="N", help="caption: width of the search (default 1, greedy)")
     evaluate.add_argument("--captions", type=Path, metavar="FILE", help="caption: the official results file")
     evaluate.add_argument("--submission", type=Path, metavar="FILE", help="vqa: the evaluation server's file")
@@ -136,6 +137,8 @@ def run_training(arguments: argparse.Namespace) -> int | None:
 TASK_OPTIONS = {
     "pairs": ("pretrain", "vqa", "nlvr2", "snli_ve"),
     "pictures": ("retrieval", "caption"),
+    "scores": ("retrieval",),
+    "dtype": ("retrieval",),
     "beams": ("caption",),
     "captions": ("caption",),
     "submission": ("vqa",),
@@ -157,10 +160,13 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         check_place(arguments.json)
     if task == "retrieval":
-        if world is not None and world.size > 1:
-            raise ValueError("retrieval takes one process: meter-fast evaluate MODEL retrieval")
-        return evaluate_recall(arguments)
-    if task == "caption":
+        from meter_fast.retrieval import evaluate_retrieval, lines
+
+        scores = evaluate_retrieval(
+            arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True),
+            scores=arguments.scores, dtype=arguments.dtype or "fp32", world=world,
+        )  # fmt: skip
+    elif task == "caption":
         from meter_fast.evaluate_caption import evaluate_captions, lines
 
         scores = evaluate_captions(
@@ -177,17 +183,6 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         print("\n".join(lines(scores)))
         if arguments.json is not None:
             write_json(arguments.json, scores, indent=2)
-
-
-def evaluate_recall(arguments: argparse.Namespace) -> None:
-    from meter_fast.retrieval import evaluate_retrieval, lines
-
-    scores = evaluate_retrieval(
-        arguments.model, arguments.settings, arguments.pictures, say=lambda line: print(line, flush=True)
-    )
-    print("\n".join(lines(scores)))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 def report_run(arguments: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 T = TypeVar("T")
 OnPairs = Literal["mlm", "itm", "mim_in_batch", "mim_codes", "span_denoising", "caption"]
 Alone = Literal["vqa", "nlvr2", "snli_ve", "reconstruction"]  # with batches of their own
-FINE_TUNING: tuple[str, ...] = typing.get_args(Alone)
+FINE_TUNING: tuple[str, ...] = (*typing.get_args(Alone), "retrieval")  # runs of a task of their own
 
 
 class ConfigError(ValueError):
@@ -57,10 +57,12 @@ class DataConfig:
 class ObjectivesConfig:
     """What the model is trained on."""
 
-    names: tuple[Literal[OnPairs, Alone], ...] = ("mlm", "itm")
+    names: tuple[Literal[OnPairs, Alone, "retrieval"], ...] = ("mlm", "itm")
     mlm_probability: float = 0.15
     masking: Literal["token", "whole_word", "whole_word_published", "content_word"] = "token"
     itm_negatives: Literal["batch", "dataset"] = "batch"
+    false_texts: int = 15  # of retrieval, for each picture
+    false_text_choice: Literal["other_picture", "dataset"] = "other_picture"  # never the picture's own, or as published
     mim_probability: float = 0.15  # of a picture's cells; rounded to whole ones, at least one
     mim_negatives: Literal["batch", "all_ranks"] = "batch"  # whose cells are the candidates of mim_in_batch
     image_tokenizer: str = ""  # for mim_codes: an export folder of one, or a file of the published DALL-E encoder
@@ -229,7 +231,7 @@ def describe(config: Any, width: int = 110) -> str:
 def check(config: RunConfig) -> None:
     """Raise ConfigError where one setting contradicts another or is out of its range."""
     data, objectives, optim, engine, run = config.data, config.objectives, config.optim, config.engine, config.run
-    alone = [name for name in objectives.names if name in FINE_TUNING]
+    alone = [name for name in objectives.names if name in typing.get_args(Alone)]
     rules = [
         (bool(data.sources), "data.sources", data.sources, "name at least one source"),
         (not data.weights or len(data.weights) == len(data.sources), "data.weights", data.weights,
@@ -280,6 +282,9 @@ def check(config: RunConfig) -> None:
         (math.isfinite(run.max_epochs) and run.max_epochs >= 0, "run.max_epochs", run.max_epochs, "0 or more"),
         (len(objectives.names) == 1 or not alone, "objectives.names",
          ",".join(objectives.names), f"{', '.join(alone)} trains alone, on data of its own"),
+        ("retrieval" not in objectives.names or set(objectives.names) <= {"retrieval", "itm"}, "objectives.names",
+         ",".join(objectives.names), "retrieval trains alone or with itm"),
+        (objectives.false_texts >= 1, "objectives.false_texts", objectives.false_texts, "1 or more"),
         (not engine.activation_checkpointing or "reconstruction" not in objectives.names,
          "engine.activation_checkpointing", "true", "an image tokenizer is small and trains without: use false"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),

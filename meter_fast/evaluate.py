@@ -1,6 +1,6 @@
 """Score a model on held-out data: `meter-fast evaluate MODEL TASK key=value ...`, or with several processes
 
-    deepspeed --module meter_fast.evaluate MODEL pretrain|vqa|nlvr2|snli_ve|caption key=value ...
+    deepspeed --module meter_fast.evaluate MODEL pretrain|vqa|nlvr2|snli_ve|caption|retrieval key=value ...
     torchrun --nproc-per-node 8 --module meter_fast.evaluate MODEL vqa data.root=DATA --submission FILE.json
 
 The scores of the training objectives are made here: loss and accuracy over a split, on any number of ranks. Batches are

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from meter_fast.interop import from_meter
 from meter_fast.models.meter import Meter
 from meter_fast.predict.engine import Request, class_logits, mask_logits
-from meter_fast.retrieval import encode_texts, match_scores
+from meter_fast.score_retrieval import encode_texts, match_scores
 
 
 def task_model(case: GoldenCase) -> Meter:

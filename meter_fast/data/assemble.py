@@ -1,4 +1,5 @@
-"""One micro-batch from the numbers of its samples: chosen (samples.py), tokenised, masked, paired for ITM.
+"""One micro-batch from the numbers of its samples: chosen (samples.py), tokenised, masked, paired for ITM, with false
+texts for retrieval.
 
 Knows one sample source, one text pipeline, one image back end. Knows nothing of steps, ranks or threads: a micro-batch
 is a pure function of (seed, sample numbers, stream positions), so every division of a global batch gives the same
@@ -10,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from meter_fast.data.batch import PretrainBatch, TextToText
+from meter_fast.data.batch import PretrainBatch, RankedTexts, TextToText
 from meter_fast.data.cell_masking import CellMasking
+from meter_fast.data.false_texts import FalseTexts
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import mix
@@ -33,6 +35,7 @@ class Assembler:
     from all (picture, caption) items, as published (so once in a while it is the true picture).
     replace: put another sample in place of a bad one (training); False leaves it out (evaluation).
     cells: hide cells of the pictures, for masked image modelling. augment: what pictures undergo (training).
+    false_texts: draws texts for retrieval.
     Raises ValueError for an unknown kind of negatives.
     """
 
@@ -47,10 +50,11 @@ class Assembler:
         replace: bool = True,
         cells: CellMasking | None = None,
         augment: RandAugment | None = None,
+        false_texts: FalseTexts | None = None,
     ):
         if negatives not in NEGATIVES:
             raise ValueError(f"objectives.itm_negatives={negatives!r}: choose one of {', '.join(NEGATIVES)}")
-        self.sources, self.text, self.cells = sources, text, cells
+        self.sources, self.text, self.cells, self.false_texts = sources, text, cells, false_texts
         self.seed, self.negatives = seed, negatives
         self._reader = SampleReader(sources, images, seed, max_image_pixels, replace, augment)
 
@@ -74,7 +78,7 @@ class Assembler:
                 false_images = self._reader.decode(false, unmatched) if false else None
             except DecodeFailed:
                 continue
-            fields = self._texts(chosen, positions[kept])
+            fields = self._texts(chosen, positions[kept], skips)
             if self.cells is not None:
                 chance = _PositionRandom(self.seed, _HIDE_CELLS)
                 fields |= self.cells.fields(images, (chance.at(position) for position in positions[kept].tolist()))
@@ -142,8 +146,10 @@ class Assembler:
 
     # ------------------------------------------------------------------------------------ text
 
-    def _texts(self, chosen: Sequence[Chosen], positions: np.ndarray) -> dict[str, torch.Tensor | TextToText]:
-        """Token ids, mask, what MLM hides, and what a decoder reads and writes, of a micro-batch."""
+    def _texts(
+        self, chosen: Sequence[Chosen], positions: np.ndarray, skips: list[Skip]
+    ) -> dict[str, torch.Tensor | TextToText | RankedTexts]:
+        """Token ids, mask, what MLM hides, what a decoder reads and writes, and false texts, of a micro-batch."""
         ids = self.text.encode([sample.text for sample in chosen])
         chance = _PositionRandom(self.seed, _MASK)
         hidden = [self.text.mask(text, chance.at(p)) for text, p in zip(ids, positions.tolist(), strict=True)]
@@ -160,7 +166,18 @@ class Assembler:
             "masked_labels": torch.from_numpy(labels),
             "text_rows": text_mask.flatten().nonzero().flatten(),
             **self.text.denoise(ids, map(_PositionRandom(self.seed, _SPANS).at, positions.tolist())),
+            **({} if self.false_texts is None else {"ranked": self._ranked(ids, chosen, positions, skips)}),
         }
+
+    def _ranked(
+        self, ids: Sequence[Sequence[int]], chosen: Sequence[Chosen], positions: np.ndarray, skips: list[Skip]
+    ) -> RankedTexts:
+        """The captions' ids, and false ones for each picture."""
+        assert self.false_texts is not None
+        drawn = zip(chosen, positions.tolist(), strict=True)
+        false = [text for own, position in drawn for text in self.false_texts.draw(own, position, skips)]
+        padded, mask = self.text.pad([*ids, *self.text.encode(false)])
+        return RankedTexts(padded, mask, mask.flatten().nonzero().flatten())
 
 
 class _PositionRandom:

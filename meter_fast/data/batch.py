@@ -37,8 +37,27 @@ class TextToText:
 
 
 @dataclass(frozen=True)
+class RankedTexts:
+    """The texts that are ranked for each of B pictures: all true ones, then the F false ones of each picture.
+
+    ids       [B*(1+F),L'] int64, padded
+    mask      [B*(1+F),L'] bool, True on real tokens
+    text_rows [N] int64, the real tokens as rows of a [B*(1+F)*L'] view, ascending; None: found in `mask`
+    """
+
+    ids: Tensor
+    mask: Tensor
+    text_rows: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "RankedTexts":
+        """The same texts on `device`."""
+        moved = (getattr(self, field.name) for field in fields(self))
+        return RankedTexts(*(value if value is None else value.to(device, non_blocking=True) for value in moved))
+
+
+@dataclass(frozen=True)
 class PretrainBatch:
-    """One micro-batch of (picture, caption) pairs for masked language modelling and image-text matching.
+    """One micro-batch of (picture, caption) pairs, for the objectives of pre-training and for retrieval.
 
     images         [B,3,H,W] float, normalised pixels of the captions' own pictures
     text_ids       [B,L] int64, padded with the tokenizer's padding id; L is the batch's longest caption
@@ -54,6 +73,7 @@ class PretrainBatch:
                    in `text_mask`, which on a GPU means waiting for it
     span_denoising captions with spans hidden, and what was there; None where no objective asks for it
     caption        captions hidden as a whole; None where no objective asks for it
+    ranked         the captions, and false ones for each picture; None where no objective asks for them
 
     For masked image modelling, of a picture cut into cells as the vision encoder's tokens are; else None:
 
@@ -78,6 +98,7 @@ class PretrainBatch:
     cell_codes: Tensor | None = None
     span_denoising: TextToText | None = None
     caption: TextToText | None = None
+    ranked: RankedTexts | None = None
 
     def __len__(self) -> int:
         """B, the number of pairs."""
@@ -88,7 +109,7 @@ class PretrainBatch:
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, TextToText):
+            if isinstance(value, TextToText | RankedTexts):
                 value = value.to(device)
             elif value is not None:
                 value = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)

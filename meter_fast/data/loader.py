@@ -17,6 +17,7 @@ import numpy as np
 
 from meter_fast.data.assemble import Assembler
 from meter_fast.data.cell_masking import CellMasking
+from meter_fast.data.false_texts import FalseTexts
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices, part_pairs, permute
@@ -150,8 +151,8 @@ class PretrainLoader(TrainingLoader):
     """The micro-batches of (picture, caption) pairs of one rank.
 
     rank, world, micro_batch, accumulation: must divide order's global batch (micro_slices). max_image_pixels: larger
-    pictures count as bad. cells: for masked image modelling. augment: what pictures undergo. The rest: see
-    TrainingLoader. Raises OrderError or ValueError for numbers that do not fit.
+    pictures count as bad. cells: for masked image modelling. augment: what pictures undergo. false_texts: for
+    retrieval. The rest: see TrainingLoader. Raises OrderError or ValueError for numbers that do not fit.
     """
 
     def __init__(
@@ -173,13 +174,17 @@ class PretrainLoader(TrainingLoader):
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         cells: CellMasking | None = None,
         augment: RandAugment | None = None,
+        false_texts: FalseTexts | None = None,
     ):
         if negatives == "batch" and not order.parts_pairs:
             raise OrderError(
                 "objectives.itm_negatives=batch needs an order that was made with image_ids=sources.image_ids"
             )
         slices = micro_slices(order.global_batch, world, micro_batch, rank, accumulation, negatives == "batch")
-        assembler = Assembler(sources, text, images, seed, negatives, max_image_pixels, cells=cells, augment=augment)
+        assembler = Assembler(
+            sources, text, images, seed, negatives, max_image_pixels, cells=cells, augment=augment,
+            false_texts=false_texts,
+        )  # fmt: skip
         super().__init__(order, assembler, slices, workers, prefetch, max_bad_share)
 
 

@@ -1,11 +1,12 @@
 """Co-attention fusion: text and image streams that read each other in every layer. Knows no encoders, no heads.
 
-Shape letters: P pairs, L text tokens, N distinct pictures, V image tokens, H heads, K head size, D fusion width.
-Source: METER, section 3.2 (co-attention, figure 2b) and `modules/meter_module.py`; post-norm as in BERT.
+Shape letters: P pairs, T distinct texts, L text tokens, N distinct pictures, V image tokens, H heads, K head size,
+D fusion width. Source: METER, section 3.2 (co-attention, figure 2b) and `modules/meter_module.py`; post-norm as in
+BERT.
 
 Three exact savings live here. The last layer computes only rows that the caller reads (`Need`). Several readers of
-the same pictures go through the layers together (`Part`). What depends on the picture alone (projection, token type,
-and the first layer's self-attention on the image side) is computed once per picture, before pictures are spread over
+the same pictures go through the layers together (`Part`). What depends on the picture alone or on the text alone
+(projection, token type, and the first layer's self-attention) is computed once for each, before both are spread over
 pairs.
 """
 
@@ -16,7 +17,16 @@ from meter_fast.kernels.cross_attention.reference import attention_weights
 from meter_fast.kernels.launch import arch_of
 from meter_fast.models.blocks import FeedForward, PackedLinear, Projection, ResidualNorm, SelfAttention
 from meter_fast.models.config import FusionConfig, KernelsConfig
-from meter_fast.models.fusion import Fused, Fusion, Need, Part, differ_in_type, split_record, spread
+from meter_fast.models.fusion import (
+    Fused,
+    Fusion,
+    Need,
+    Part,
+    differ_in_type,
+    split_record,
+    spread,
+    spread_texts,
+)
 from meter_fast.models.packing import Packing
 from meter_fast.models.sides import Side, attend_across, split_heads
 
@@ -123,17 +133,18 @@ class CoAttentionLayer(nn.Module):
         text_side: Side,
         image_side: Side,
         need: Need = Need.ALL,
-        image_attended: Tensor | None = None,
+        attended: tuple[Tensor | None, Tensor | None] = (None, None),
         record: list[Tensor] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """text [P,L,D] or [N,D], image [P,V,D] -> (text, image), cut down to the rows needed."""
+        """text [P,L,D] or [N,D], image [P,V,D] -> (text, image), cut down to the rows needed. attended: what the
+        self-attention gives of text and image, if it is known already."""
         first = need is Need.CLS
         new_text = None
         if need is not Need.IMAGE or record is not None:  # a record is of what the text reads
-            new_text = self.text(text, image, text_side, image_side, first, record=record)
+            new_text = self.text(text, image, text_side, image_side, first, attended[0], record)
         if need is Need.TEXT:
             return new_text, None
-        return new_text, self.image(image, text, image_side, text_side, first and not self.image_mean, image_attended)
+        return new_text, self.image(image, text, image_side, text_side, first and not self.image_mean, attended[1])
 
 
 class CoAttention(Fusion):
@@ -161,39 +172,53 @@ class CoAttention(Fusion):
         with_attention: bool = False,
         packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
-        """One `Fused` per part. text [P,L,E] holds the parts' texts one after the other, image [N,V,E'] each picture
-        once. packings: one per part, to work on packed texts."""
-        sizes = [part.pairs for part in parts]
+        """One `Fused` per part. text [T,L,E] holds the texts that `Part` tells of, image [N,V,E'] each picture once.
+        packings: one per part, of its pairs' texts, to work on packed texts."""
+        sizes, masks = [part.pairs for part in parts], spread_texts(text_mask, parts)
         if packings is None:
-            sides = [Side.padded_text(mask) for mask in text_mask.split(sizes)]
-            whole = sides[0] if len(sides) == 1 else Side.padded_text(text_mask)
+            sides = [Side.padded_text(mask) for mask in masks.split(sizes)]
+            whole = sides[0] if len(sides) == 1 else Side.padded_text(masks)
+            distinct = whole if masks is text_mask else Side.padded_text(text_mask)
         else:
             sides = [Side.packed_text(packing) for packing in packings]
             whole = sides[0] if len(sides) == 1 else Side.packed_text(Packing.join(packings))
-        text, image = self._project(whole.lying(text), image, parts)
+            distinct = whole if masks is text_mask else Side.packed_text(Packing.of(text_mask))
+        text, image = self._project(distinct.lying(text), image, parts)
         record: list[Tensor] | None = [] if with_attention else None
-        text, image = self._layers_before_last(text, image, whole, parts, record)
+        text, text_attended = self._spread_texts(text, distinct, whole, parts)
+        image, image_attended = self._spread_images(image, parts)
+        attended, image_side = (text_attended, image_attended), Side.images(image)
+        for layer in self.layers[:-1]:
+            text, image = self._run(layer, text, image, whole, image_side, Need.ALL, attended, record)
+            attended = (None, None)
         texts = text.split(sizes if packings is None else [len(packing.rows) for packing in packings])
         rows = zip(parts, texts, image.split(sizes), sides, split_record(record, sizes), strict=True)
         return tuple(self._last_layer(part.need, *row) for part, *row in rows)
 
-    def _layers_before_last(
-        self, text: Tensor, image: Tensor, side: Side, parts: tuple[Part, ...], record: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        first_attended = None
-        once = not differ_in_type(parts)  # else `_project` has spread the pictures
-        if once and (len(parts) > 1 or parts[0].images is not None):
-            if len(self.layers) > 1:
-                first_attended = spread(self.layers[0].image.self_attention(image, Side.images(image)), parts)
-            image = spread(image, parts)
-        image_side = Side.images(image)
-        for layer in self.layers[:-1]:
-            text, image = self._run(layer, text, image, side, image_side, Need.ALL, first_attended, record)
-            first_attended = None
-        return text, image
+    def _spread_texts(
+        self, text: Tensor, distinct: Side, whole: Side, parts: tuple[Part, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """text as `distinct` lies -> for each pair, as `whole` lies, the text and what the first layer's self-attention
+        gives; None for that where no text is spread, or where the first layer is the last one."""
+        if distinct is whole:
+            return text, None
+        found = [text]
+        if len(self.layers) > 1:
+            found.append(self.layers[0].text.self_attention(text, distinct))
+        each = [whole.lying(spread_texts(distinct.padded(x), parts)) for x in found]
+        return each[0], each[1] if len(each) > 1 else None
+
+    def _spread_images(self, image: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor | None]:
+        """The same of image [N,V,D], each picture once -> [P,V,D]; where parts differ in type it is [P,V,D] already."""
+        if differ_in_type(parts) or (len(parts) == 1 and parts[0].images is None):
+            return image, None
+        attended = None
+        if len(self.layers) > 1:
+            attended = spread(self.layers[0].image.self_attention(image, Side.images(image)), parts)
+        return spread(image, parts), attended
 
     def _last_layer(self, need: Need, text: Tensor, image: Tensor, side: Side, record: list[Tensor] | None) -> Fused:
-        text, new_image = self._run(self.layers[-1], text, image, side, Side.images(image), need, None, record)
+        text, new_image = self._run(self.layers[-1], text, image, side, Side.images(image), need, (None, None), record)
         if need is Need.IMAGE:
             return Fused(None, new_image, None, record)
         if need is not Need.CLS:

@@ -1,6 +1,6 @@
 """What both fusions share: what a caller asks for and gets, and the module around the layers. Knows no layers.
 
-Shape letters: P pairs, L text tokens, N distinct pictures, V image tokens, H heads, D fusion width.
+Shape letters: P pairs, T distinct texts, L text tokens, N distinct pictures, V image tokens, H heads, D fusion width.
 Source: METER, section 3.2 and `modules/meter_module.py`.
 """
 
@@ -29,15 +29,18 @@ class Need(Enum):
 
 @dataclass(frozen=True)
 class Part:
-    """One reader: `pairs` consecutive texts, the pictures that go with them, and the rows it needs.
+    """One reader: its pairs of a text and a picture, and the rows it needs.
 
-    images [pairs] int64: index of each text's picture; None: text i goes with picture i. image_type: row of the token
-    types added to the pictures (2: the second picture of NLVR2).
+    images [pairs] int64: index of each pair's picture; None: pair i is of picture i.
+    texts [pairs] int64: index of each pair's text; None: the texts of the parts stand one after the other, one for each
+    pair. Either all parts tell it or none does.
+    image_type: row of the token types added to the pictures (2: the second picture of NLVR2).
     """
 
     need: Need
     pairs: int
     images: Tensor | None = None
+    texts: Tensor | None = None
     image_type: int = 1
 
 
@@ -127,6 +130,13 @@ def spread(image: Tensor, parts: tuple[Part, ...]) -> Tensor:
     Part by part, not with one long index: backward then adds few values per row, in an order that does not change.
     """
     return torch.cat([image[: p.pairs] if p.images is None else image.index_select(0, p.images) for p in parts])
+
+
+def spread_texts(text: Tensor, parts: tuple[Part, ...]) -> Tensor:
+    """[T,...], one row per text -> [P,...], one row per pair."""
+    if all(part.texts is None for part in parts):
+        return text
+    return torch.cat([text.index_select(0, part.texts) for part in parts])
 
 
 def split_record(record: list[Tensor] | None, sizes: list[int]) -> list[list[Tensor] | None]:

@@ -89,10 +89,15 @@ class AnswerHead(nn.Module):
 
 
 class RankHead(nn.Linear):
-    """cls [B,width] -> scores [B,1], which rank texts of a picture or pictures of a text."""
+    """cls [B,width] -> scores [B,1], which rank texts of a picture or pictures of a text; float32 or wider, as scores
+    rounded to bfloat16 would tie."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 1)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        dtype = torch.promote_types(cls.dtype, torch.float32)
+        return F.linear(cls.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class Pooler(nn.Module):

@@ -7,8 +7,8 @@ where co-attention has 6 pairs. At a width of 768 these are 85.1 M parameters in
 CLIP-B/16 and roberta-base has 329.5 M instead of 357.9 M; with 16 layers it has as many to 0.01 %.
 
 Savings, all exact: the last layer computes only rows that the caller reads (`Need`), several readers of the same
-pictures go through the layers together (`Part`), and each picture is projected once. The picture stands first in the
-sequence, so that padding comes last; attention does not depend on the order.
+pictures go through the layers together (`Part`), and each picture and each text is projected once. The picture stands
+first in the sequence, so that padding comes last; attention does not depend on the order.
 """
 
 import torch
@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from meter_fast.models.blocks import FeedForward, SelfAttention
 from meter_fast.models.config import FusionConfig, KernelsConfig
-from meter_fast.models.fusion import Fused, Fusion, Need, Part, differ_in_type, split_record, spread
+from meter_fast.models.fusion import (
+    Fused,
+    Fusion,
+    Need,
+    Part,
+    differ_in_type,
+    split_record,
+    spread,
+    spread_texts,
+)
 from meter_fast.models.packing import Packing
 from meter_fast.models.sides import Side
 
@@ -80,12 +89,14 @@ class MergedAttention(Fusion):
         with_attention: bool = False,
         packings: tuple[Packing, ...] | None = None,
     ) -> tuple[Fused, ...]:
-        """One `Fused` per part. text [P,L,E] holds the parts' texts one after the other, image [N,V,E'] each picture
-        once. packings: not needed, `text_mask` says where the tokens are."""
+        """One `Fused` per part. text [T,L,E] holds the texts that `Part` tells of, image [N,V,E'] each picture once.
+        packings: not needed, `text_mask` says where the tokens are."""
         sizes = [part.pairs for part in parts]
         text, image = self._project(text, image, parts)
         images = image.shape[1]
-        x = torch.cat([image if differ_in_type(parts) else spread(image, parts), text], dim=1)
+        text_mask = spread_texts(text_mask, parts)
+        image = image if differ_in_type(parts) else spread(image, parts)
+        x = torch.cat([image, spread_texts(text, parts)], dim=1)
         side = Side.merged(text_mask, images)
         record: list[Tensor] | None = [] if with_attention else None
         for layer in self.layers[:-1]:

@@ -13,7 +13,7 @@ from meter_fast.kernels.cross_attention.reference import is_fused
 from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import KernelsConfig, ModelConfig
 from meter_fast.models.decoder import TextDecoder
-from meter_fast.models.fusion import Fused, Need, Part
+from meter_fast.models.fusion import Fused, Need, Part, spread_texts
 from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, RankHead, init_new_weights
 from meter_fast.models.merged_attention import MergedAttention
 from meter_fast.models.packing import Packing
@@ -134,16 +134,20 @@ class Meter(nn.Module):
     ) -> tuple[Fused, ...]:
         """Several `fuse` at once over shared pictures: the same results, with less work.
 
-        text [P,L,D_text] and text_mask [P,L] hold the parts' texts one after the other (P = sum of their pairs), image
-        [N,V,D_vision] each picture once. With dropout on, parts share the mask of what is computed once per picture.
-        packings: one for each part's rows of `text_mask`, if known; co-attention uses them if kernels.text is "packed".
+        text [T,L,D_text] and text_mask [T,L] hold the parts' texts one after the other, or in any order where parts
+        tell theirs; image [N,V,D_vision] each picture once. With dropout on, pairs share the mask of what is computed
+        once per picture or text. packings: one for each part's pairs, of their rows of `text_mask`, if known;
+        co-attention uses them if kernels.text is "packed". Raises ValueError where only some parts tell their texts.
         """
+        if len({part.texts is None for part in parts}) > 1:
+            raise ValueError("either all parts tell the texts of their pairs or none does")
+        masks = spread_texts(text_mask, parts)
         if self.kernels.text == "padded" or not self.fusion.takes_packed:
             packings = None
         elif packings is None:
-            packings = tuple(Packing.of(mask) for mask in text_mask.split([part.pairs for part in parts]))
+            packings = tuple(Packing.of(mask) for mask in masks.split([part.pairs for part in parts]))
         fused = self.fusion(text, image, text_mask, self._of_fusion(parts), packings=packings)
-        return self._classified(fused, text_mask, parts)
+        return self._classified(fused, masks, parts)
 
     def _of_fusion(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """What the fusion is asked for: the decoder's class token reads all rows of both sides."""

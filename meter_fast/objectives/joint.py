@@ -27,6 +27,7 @@ from meter_fast.objectives import (
     mlm,
     nlvr2,
     reconstruction,
+    retrieval,
     snli_ve,
     span_denoising,
     vqa,
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "vqa": vqa,
     "nlvr2": nlvr2,
     "snli_ve": snli_ve,
+    "retrieval": retrieval,
 }
 SETTINGS = {  # that give a model the head
     "mlm_head": "mlm_head=true",
@@ -54,6 +56,7 @@ SETTINGS = {  # that give a model the head
     "vqa_head": "vqa_answers=NUMBER",
     "nlvr2_head": "nlvr2_head=true",
     "snli_head": "snli_head=true",
+    "rank_head": "rank_head=true",
 }
 
 

@@ -75,7 +75,7 @@ def cls_of(model: Meter, text: Tensor, image: Tensor, mask: Tensor, images: Tens
 
     images [B] int64: the picture of each text. image_type: as for `Meter.fuse`.
     """
-    (fused,) = model.fuse_parts(text, image, mask, (Part(Need.CLS, len(text), images, image_type),))
+    (fused,) = model.fuse_parts(text, image, mask, (Part(Need.CLS, len(text), images, image_type=image_type),))
     return fused.cls
 
 

@@ -20,8 +20,8 @@ from meter_fast.predict.encoded import MATCH, MAX_TEXT_LENGTH
 from meter_fast.predict.engine import Request, captions, class_logits, encode_pictures, mask_logits
 from meter_fast.predict.pictures import ImageLike, Picture, WrongImage, key_of, read_picture
 from meter_fast.predict.texts import TextCut, check_text, encode_masked, encode_texts
-from meter_fast.retrieval import encode_texts as encode_tokens
-from meter_fast.retrieval import match_scores
+from meter_fast.score_retrieval import encode_texts as encode_tokens
+from meter_fast.score_retrieval import match_scores
 
 LABELS = ("contradiction", "neutral", "entailment")  # of SNLI-VE, in the order of the head
 TRUE = 1  # class of the NLVR2 head
@@ -32,10 +32,11 @@ Scored = list[tuple[str, float]]
 PARTS = {  # of a model that each task needs: without it, what the model does not do, and the remedy
     "answer": ("vqa_head", "answers no questions", "fine-tune it first: meter-fast train vqa run.init=MODEL"),
     "match": ("itm_head", "matches no texts", "train it with objectives.names=mlm,itm"),
-    "rank": ("itm_head", "ranks no texts", "train it with objectives.names=mlm,itm, or fine-tune it on retrieval"),
+    "rank": ("itm_head", "ranks no texts",
+             "train it with objectives.names=mlm,itm, or fine-tune it: meter-fast train retrieval_coco run.init=MODEL"),
     "fill": ("mlm_head", "fills no masks", "train it with objectives.names=mlm,itm"),
-    "entails": ("snli_head", "knows no entailment", "take one that is fine-tuned on SNLI-VE"),
-    "compare": ("nlvr2_head", "compares no pictures", "take one that is fine-tuned on NLVR2"),
+    "entails": ("snli_head", "knows no entailment", "fine-tune it first: meter-fast train snli_ve run.init=MODEL"),
+    "compare": ("nlvr2_head", "compares no pictures", "fine-tune it first: meter-fast train nlvr2 run.init=MODEL"),
     "caption": ("decoder", "writes no captions",
                 "train one with fusion=encoder_decoder objectives.names=span_denoising,itm,caption"),
 }  # fmt: skip

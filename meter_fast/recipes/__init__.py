@@ -13,6 +13,7 @@ from meter_fast.recipes.caption import caption
 from meter_fast.recipes.image_tokenizer import image_tokenizer
 from meter_fast.recipes.nlvr2 import nlvr2
 from meter_fast.recipes.pretrain import pretrain
+from meter_fast.recipes.retrieval import retrieval_coco, retrieval_f30k
 from meter_fast.recipes.snli_ve import snli_ve
 from meter_fast.recipes.vqa import vqa
 
@@ -21,6 +22,8 @@ RECIPES: dict[str, Callable[..., RunConfig]] = {
     "vqa": vqa,
     "nlvr2": nlvr2,
     "snli_ve": snli_ve,
+    "retrieval_f30k": retrieval_f30k,
+    "retrieval_coco": retrieval_coco,
     "caption": caption,
     "image_tokenizer": image_tokenizer,
 }

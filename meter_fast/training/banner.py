@@ -104,6 +104,9 @@ def _objectives(config: RunConfig, pairs: Pairs) -> str:
         parts.append(f"{config.model.mim_codes_head:,} codes of {chosen.image_tokenizer}")
     if "itm" in chosen.names:
         parts.append(f"false pictures from the {chosen.itm_negatives}")
+    if "retrieval" in chosen.names:
+        origin = "other pictures" if chosen.false_text_choice == "other_picture" else "the data set"
+        parts.append(f"{chosen.false_texts} false texts of {origin} for each picture")
     return "; ".join(parts)
 
 
@@ -120,7 +123,8 @@ def _parameters(model: nn.Module) -> str:
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
     text = f"{millions(sum(counts.values()))} parameters: "
     text += ", ".join(f"{name} {millions(count)}" for name, count in counts.items())
-    return text + (f"; {millions(frozen)} frozen, as no objective reaches them" if frozen else "")
+    kept = ", or to keep the ITM head" if getattr(model, "rank_head", None) is not None else ""
+    return text + (f"; {millions(frozen)} frozen, as no objective reaches them{kept}" if frozen else "")
 
 
 def millions(count: int) -> str:

@@ -176,6 +176,11 @@ class Evaluated(nn.Module):
         super().__init__()
         self.engine = engine
 
+    @property
+    def model(self) -> nn.Module:
+        """What is trained. Its parts may be called as long as every process calls the same ones."""
+        return self.engine.module.module.model
+
     def forward(self, batch: Batch) -> Losses:
         """Losses of a batch on the engine's device."""
         return Losses(*self.engine(batch))

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from meter_fast.config import ConfigError, DataConfig, RunConfig
 from meter_fast.data.answers import Answers
+from meter_fast.data.false_texts import FalseTexts
 from meter_fast.data.images import ImageBackend, image_transform, open_backend
 from meter_fast.data.loader import EvaluationLoader, PretrainLoader, SplitLoader, TrainingLoader
 from meter_fast.data.order import SampleOrder
@@ -26,6 +27,7 @@ from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.spans import add_sentinels, longest_target, open_denoiser, sentinel, sentinels_for
 from meter_fast.data.text import TextPipeline
 from meter_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from meter_fast.score_retrieval import HeldOutPictures
 from meter_fast.training.masked_images import open_cells
 from meter_fast.training.world import World
 
@@ -44,7 +46,7 @@ class Pairs:
     loader: TrainingLoader
     backend: ImageBackend
     held_out: Sources | None
-    validation: SplitLoader | None
+    validation: SplitLoader | HeldOutPictures | None
     answers: Answers | None = None  # of visual question answering
 
     def identity(self) -> dict[str, Any]:
@@ -201,11 +203,15 @@ def open_pairs(
     text = TextPipeline(tokenizer, data.max_text_length, goals.masking, goals.mlm_probability, denoiser)
     backend = open_images(config, world, dtype)
     cells = open_cells(goals, config.model.vision, backend.transform, world.device)
+    false_texts = None
+    if "retrieval" in goals.names:
+        false_texts = FalseTexts(sources, config.run.seed, goals.false_texts, goals.false_text_choice)
     loader = PretrainLoader(
         sources, order, text, backend, rank=world.rank, world=world.size, micro_batch=engine.micro_batch,
         accumulation=accumulation, negatives=goals.itm_negatives, seed=config.run.seed, workers=data.workers,
         prefetch=data.prefetch, max_bad_share=data.max_bad_share, max_image_pixels=data.max_image_pixels, cells=cells,
         augment=open_augmentation(config),
+        false_texts=false_texts,
     )  # fmt: skip
     held_out, validation = None, None
     if data.val_sources:

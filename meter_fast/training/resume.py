@@ -7,14 +7,14 @@ the others get their values from it, so nothing but the main process needs to se
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from meter_fast.config import ConfigError, RunConfig, flatten, from_dict, to_dict
-from meter_fast.interop import HEAD_NAMES, from_meter
+from meter_fast.interop import HEAD_NAMES, from_meter, original_name
 from meter_fast.models.export import load_export
 from meter_fast.models.fusion import fit_token_types, refit
 from meter_fast.models.image_tokenizer import load_image_tokenizer
@@ -156,9 +156,13 @@ def _given(config: RunConfig, model: nn.Module, notes: list[str]) -> dict[str, T
     if not path.exists():
         raise ConfigError(f"run.init={path} does not exist: give an export folder, a METER .ckpt or a checkpoint")
     if path.is_file():
-        given, report = from_meter(path, config=config.model, allow_missing=HEAD_NAMES, allow_unexpected=HEAD_NAMES)
+        wanted = replace(config.model, itm_head=config.model.itm_head or config.model.rank_head)
+        given, report = from_meter(path, config=wanted, allow_missing=HEAD_NAMES, allow_unexpected=HEAD_NAMES)
         notes += str(report).splitlines()
-        return given.state_dict()
+        tensors = given.state_dict()
+        for name in [name for name in tensors if original_name(name) in report.missing]:
+            del tensors[name]
+        return _with_heads(tensors, model, notes)
     if (path / checkpoint.MANIFEST).is_file():
         tensors = _tensors_of(Reader(path))
     else:
@@ -178,6 +182,10 @@ def _given(config: RunConfig, model: nn.Module, notes: list[str]) -> dict[str, T
 def _with_heads(tensors: dict[str, Tensor], model: nn.Module, notes: list[str]) -> dict[str, Tensor]:
     """The tensors without heads that the model does not have, and with the model's own for heads that they lack."""
     own = model.state_dict()
+    if "rank_head.weight" in own and "rank_head.weight" not in tensors and "itm_head.weight" in tensors:
+        # That of the class which says "match" (METER, modules/meter_module.py).
+        tensors |= {f"rank_head.{part}": tensors[f"itm_head.{part}"][1:] for part in ("weight", "bias")}
+        notes.append("rank_head starts as row 1 of itm_head")
     heads = [{name.split(".")[0] for name in part if name.split(".")[0].endswith("_head")} for part in (own, tensors)]
     for head in sorted(heads[0] - heads[1]):
         notes.append(f"not in the file, starts at random: {head}")

@@ -20,9 +20,11 @@ from meter_fast.models.export import save_export
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss
 from meter_fast.objectives.reconstruction import score_reconstructions
+from meter_fast.score_retrieval import score_held_out
 from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.pairs import Pairs, open_pairs, open_training_sources
 from meter_fast.training.questions import fit_answers, open_question_loaders, open_training_questions
+from meter_fast.training.ranking import open_ranked_pairs
 from meter_fast.training.statements import open_statement_loaders, open_training_statements
 from meter_fast.training.tokenizing import (
     make_tokenizer,
@@ -46,6 +48,8 @@ def joint_loss(model: Meter, config: RunConfig) -> JointLoss:
     module = JointLoss(model, config.objectives.names)
     if set(config.objectives.names) != {"mlm", "itm"} or config.model.decoder.layers:
         freeze_unreached(module, config.model)
+    if "retrieval" in config.objectives.names and model.itm_head is not None:
+        model.itm_head.requires_grad_(False)  # as published: the rank head has started from it
     if model.mim_in_batch_head is not None:
         model.mim_in_batch_head.all_ranks = config.objectives.mim_negatives == "all_ranks"
     return module
@@ -113,6 +117,15 @@ TASKS = {
         open_data=open_question_loaders,
         loss=lambda scores: -scores["vqa"]["accuracy"],  # the published choice (METER, val/the_metric)
         next_command="meter-fast evaluate {run} vqa",
+    ),
+    "retrieval": Task(
+        open_sources=open_training_sources,
+        fit=lambda config, sources: (config, None),
+        open_data=open_ranked_pairs,
+        # the published choice (METER, val/the_metric)
+        loss=lambda scores: -(scores["retrieval"]["ir_r1"] + scores["retrieval"]["tr_r1"]),
+        next_command="meter-fast evaluate {run} retrieval",
+        score=score_held_out,
     ),
     "reconstruction": Task(
         open_sources=open_training_sources,

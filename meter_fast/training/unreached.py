@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from meter_fast.data.batch import Batch, PretrainBatch, StatementBatch, TextToText, VqaBatch
+from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, TextToText, VqaBatch
 from meter_fast.models.config import ModelConfig
 
 
@@ -77,6 +77,7 @@ def _two_pairs(config: ModelConfig) -> Batch:
         cell_codes=torch.tensor([0, 0]),
         span_denoising=_one_token_written(token),
         caption=_one_token_written(token),
+        ranked=RankedTexts(torch.full((4, 3), token), torch.ones(4, 3, dtype=torch.bool)),
     )
 
 

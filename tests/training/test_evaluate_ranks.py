@@ -17,6 +17,7 @@ TASKS = {
     "vqa": ["vqa", "--submission", "{out}/file.json"],
     "test": ["vqa", "data.val_sources=arrow:vqav2_test", "--submission", "{out}/file.json"],
     "caption": ["caption", "data.val_split=test", "--captions", "{out}/file.json", "--beams", "2"],
+    "retrieval": ["retrieval", "data.val_sources=coco", "data.val_split=test", "--pictures", "20"],
 }
 
 
@@ -39,8 +40,10 @@ def models(scenes: Path, scene_tokenizer, scene_model, tmp_path_factory: pytest.
     answers = answers_of_scenes(scenes)
     asked = write_vqa_run(folder / "vqa", scenes, answering(scenes, scene_tokenizer, scene_model, answers), answers)
     writer = write_caption_run(folder / "caption", scenes)
+    pretrained = make_run(folder / "pretrain", scenes, scene_model)
     return {
-        "pretrain": make_run(folder / "pretrain", scenes, scene_model),
+        "pretrain": pretrained,
+        "retrieval": pretrained,
         "vqa": asked,
         "test": asked,
         "caption": writer,
@@ -72,7 +75,7 @@ def test_any_number_of_processes_gives_what_one_gives(
         for made in ("submission", "captions"):
             scores.get(made, {}).pop("file", None)
     assert both == one and sum(one["skipped"].values()) > 0
-    if task != "pretrain":
+    if "{out}/file.json" in TASKS[task]:
         files = [(tmp_path / who / "file.json").read_bytes() for who in ("one", "all")]
         assert files[0] == files[1] and len(json.loads(files[0])) > 30
     assert "split " in ended.logs[0] and all("split " not in log for log in ended.logs[1:])
@@ -91,7 +94,8 @@ def test_more_processes_than_batches(ranks: RankServer, models, scenes: Path, tm
     [
         (["{run}", "vqa", "data.root={tmp}/absent"], "is not a folder"),
         (["{run}", "vqa", "data.root={data}", "--beams", "2"], "--beams goes with the task caption"),
-        (["{run}", "retrieval", "data.root={data}"], "retrieval takes one process"),
+        (["{run}", "vqa", "data.root={data}", "--scores", "{tmp}"], "--scores goes with the task retrieval"),
+        (["{run}", "retrieval", "data.root={data}"], "retrieval ranks by the ITM head"),
         (["{run}", "vqa", "--nonsense"], "unrecognized arguments"),
     ],
 )
