@@ -86,6 +86,7 @@ def base() -> RunConfig:
         data=DataConfig(
             val_pairs=200,  # ours: pictures
             transform="clip",
+            augment="randaugment_published",  # clip_randaug; data.augment=randaugment is without the published slips
             tokenizer="roberta-base",
             max_text_length=40,  # max_text_len
             workers=8,  # num_workers

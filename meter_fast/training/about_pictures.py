@@ -40,7 +40,7 @@ def open_loaders(
     validation = None
     if held_out is not None:
         validation = split_loader(
-            assemble(held_out, text, backend, False, None), batch_size=engine.micro_batch, rank=world.rank, world=world.size,
-            limit=data.val_pairs, workers=data.workers, max_bad_share=data.max_bad_share,
+            assemble(held_out, text, backend, False, None), batch_size=engine.micro_batch, rank=world.rank,
+            world=world.size, limit=data.val_pairs, workers=data.workers, max_bad_share=data.max_bad_share,
         )  # fmt: skip
     return Pairs(tokenizer, folder, sources, loader, backend, held_out, validation)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meter_fast.config import RunConfig
-from meter_fast.data.batch import Batch, PretrainBatch, TextToText, VqaBatch
+from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, TextToText, VqaBatch
 from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.spans import longest_target
 from meter_fast.training.engine import DTYPES
@@ -126,6 +126,10 @@ def largest_batch(config: RunConfig) -> Batch:
     """A micro-batch of the largest shapes that the loader makes, of no meaning; on the CPU."""
     if "vqa" in config.objectives.names:
         return _questions(config)
+    if "nlvr2" in config.objectives.names:
+        return _statements(config, 2)
+    if "snli_ve" in config.objectives.names:
+        return _statements(config, 1)
     return _pairs(config)
 
 
@@ -155,6 +159,16 @@ def _questions(config: RunConfig) -> VqaBatch:
     )
 
 
+def _statements(config: RunConfig, pictures: int) -> StatementBatch:
+    rows = config.engine.micro_batch
+    return StatementBatch(
+        images=_images(config, pictures * rows),
+        image_rows=torch.arange(pictures * rows).view(rows, pictures),
+        labels=torch.zeros(rows, dtype=torch.int64),
+        **_texts(config),
+    )
+
+
 def _pairs(config: RunConfig) -> PretrainBatch:
     goals, rows, length = config.objectives, config.engine.micro_batch, config.data.max_text_length
     texts, places = _texts(config), torch.arange(config.engine.micro_batch)
@@ -178,6 +192,10 @@ def _pairs(config: RunConfig) -> PretrainBatch:
         lengths=torch.full((rows,), written),
         rows=torch.arange(rows * written),
     )
+    ranked = rows * (1 + goals.false_texts)
+    to_rank = RankedTexts(
+        torch.full((ranked, length), 5), torch.ones(ranked, length, dtype=torch.bool), torch.arange(ranked * length)
+    )
     return PretrainBatch(
         images=_images(config, rows),
         masked_ids=texts["text_ids"],
@@ -188,6 +206,7 @@ def _pairs(config: RunConfig) -> PretrainBatch:
         false_images=_images(config, false) if false else None,
         span_denoising=to_write if "span_denoising" in goals.names else None,
         caption=to_write if "caption" in goals.names else None,
+        ranked=to_rank if "retrieval" in goals.names else None,
         **texts,
         **cells,
     )

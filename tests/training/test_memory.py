@@ -22,6 +22,9 @@ SMALL = ["engine.global_batch=6", "engine.micro_batch=6", "data.max_text_length=
 CASES = {
     "pre-training": ["pretrain"],
     "questions": ["vqa", "model.vqa_answers=500", "run.max_epochs=0", "model.vision.image_size=192"],
+    "statements": ["nlvr2", "run.max_epochs=0"],
+    "hypotheses": ["snli_ve", "run.max_epochs=0"],
+    "retrieval": ["retrieval_coco", "run.max_epochs=0"],
     "decoder": ["pretrain", "fusion=encoder_decoder", "objectives.names=itm,span_denoising,caption"],
     "merged attention": ["pretrain", "fusion=merged_attention"],
     "cells of Swin": ["pretrain", "vision=swin_b_224", "text=deberta_v3_base", "model.mim_in_batch_head=true",
