@@ -43,7 +43,19 @@ def test_commands_and_options_are_these():
         "data check": ["root", "--names", "--decode", "--max-bad-share", "--json", "--workers"],
         "train": ["recipe", "settings"],
         "evaluate": [
-            *("model", "task", "settings", "--pairs", "--pictures", "--beams", "--captions", "--submission", "--json"),
+            *(
+                "model",
+                "task",
+                "settings",
+                "--pairs",
+                "--pictures",
+                "--scores",
+                "--dtype",
+                "--beams",
+                "--captions",
+                "--submission",
+                "--json",
+            ),
         ],
         "report": ["model", "settings", "--split", "--pictures"],
         "predict": [
