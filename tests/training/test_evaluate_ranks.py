@@ -72,8 +72,9 @@ def test_any_number_of_processes_gives_what_one_gives(
     one, both = (json.loads((tmp_path / who / "scores.json").read_text()) for who in ("one", "all"))
     assert (one.pop("world_size"), both.pop("world_size")) == (1, world)
     for scores in (one, both):
-        for made in ("submission", "captions"):
-            scores.get(made, {}).pop("file", None)
+        for made in (scores.get("submission"), scores.get("captions")):
+            if isinstance(made, dict):  # of retrieval it is a number of captions
+                made.pop("file")
     assert both == one and sum(one["skipped"].values()) > 0
     if "{out}/file.json" in TASKS[task]:
         files = [(tmp_path / who / "file.json").read_bytes() for who in ("one", "all")]
