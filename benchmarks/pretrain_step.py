@@ -4,8 +4,7 @@
 
 Plain is the published procedure in torch's operators (`benchmarks/plain.py`) with texts padded to 50 tokens; ours pads
 to the longest caption and takes the kernels and forms that the model chooses by itself. Rounds alternate, so that a
-slow spell of the machine meets both. FLOPs are counted by torch's FlopCounterMode with attention written out as
-multiplications, because the fused CPU operator counts as nothing.
+slow spell of the machine meets both.
 """
 
 import argparse
@@ -13,11 +12,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import count_flops
 from benchmarks.plain import PLAIN, pad_text, plain_losses
 from benchmarks.record import append
 from meter_fast.data.batch import PretrainBatch
@@ -69,13 +68,6 @@ def forward_backward(model: Meter, loss: Callable[[], torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def count_flops(model: Meter, loss: Callable[[], torch.Tensor]) -> float:
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        forward_backward(model, loss)
-    return counter.get_total_flops()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("tiny", "base"), default="base")
@@ -106,7 +98,10 @@ def main() -> None:
         "fast": lambda: task(batch).loss,
     }
     losses = {name: side().item() for name, side in sides.items()}
-    flops = {name: count_flops(models_of[name], side) / arguments.batch for name, side in sides.items()}
+    flops = {
+        name: count_flops(partial(forward_backward, models_of[name], side), backward=True) / arguments.batch
+        for name, side in sides.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.rounds):
         for name, side in sides.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_cases import TOLERANCE, relative
 from meter_fast.kernels.cross_attention import absorbed
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from benchmarks.flops import count_flops
 from benchmarks.plain import PLAIN, plain_match_scores
@@ -36,6 +36,19 @@ def test_operators_of_our_own_are_counted(direction: str) -> None:
     with FlopCounterMode(display=False) as inside:
         operator._init_fn(*inputs)
     assert count_flops(lambda: operator(*inputs)) == inside.get_total_flops() > 0
+
+    out, *kept = operator(*inputs)
+    given = (inputs[0], image, *inputs[2:-4])  # all but lengths, seed, heads and dropout
+    backward = getattr(absorbed, f"_{direction}_backward")
+    if direction == "text_reads_image":
+        given = (*given, None, out, *kept, 0.0)
+    else:
+        given = (*given, None, *kept, 0.0)
+    gradient = torch.randn_like(out)
+    in_place = {torch.ops.aten.baddbmm_: baddbmm_flop}  # which the counter passes over
+    with FlopCounterMode(display=False, custom_mapping=in_place) as inside:
+        backward._init_fn(gradient, *given)
+    assert count_flops(lambda: backward(gradient, *given)) == inside.get_total_flops() > 0
 
 
 def test_both_forms_give_the_same_scores() -> None:
