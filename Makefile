@@ -40,6 +40,8 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pretrain_step
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.retrieval
+	$(BIN)/python -m benchmarks.latency --size tiny
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
