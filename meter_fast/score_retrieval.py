@@ -63,6 +63,7 @@ def encode_texts(model: Meter, ids: Sequence[Sequence[int]], at_once: int | None
     return encoded
 
 
+@torch.inference_mode()
 def match_scores(
     model: Meter,
     image: Tensor,

@@ -35,6 +35,7 @@ def hanging_run(raw: Path, out: Path, workers: int) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a batch job's children ignore it
     )
     deadline = time.monotonic() + 60
     while not (out / ".coco_caption_karpathy_test.arrow.part").exists():
