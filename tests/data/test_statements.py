@@ -17,6 +17,7 @@ from meter_fast.data.about_pictures import most_pictures, split_loader
 from meter_fast.data.batch import StatementBatch
 from meter_fast.data.loader import TrainingLoader
 from meter_fast.data.order import OrderError, SampleOrder, micro_slices
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.samples import BadDataError
 from meter_fast.data.sources import SourceError
 from meter_fast.data.statement_tables import TASKS, open_statements
@@ -93,12 +94,16 @@ def told(batches: list[StatementBatch]) -> list[tuple]:
     ]
 
 
-def global_batches(sources, tokenizer, steps: tuple[int, int], world: int = 1, micro: int = 24, size: int = 24):
+def global_batches(
+    sources, tokenizer, steps: tuple[int, int], world: int = 1, micro: int = 24, size: int = 24, **options: object
+):
     """The global batches of a range of steps, put together from all ranks, and the loaders."""
     loaders = []
     for rank in range(world):
         order, slices = SampleOrder(sources.sizes, 3, size), micro_slices(size, world, micro, rank, pairs=False)
-        loaders.append(TrainingLoader(order, assembler_of(sources, tokenizer), slices, 0, 1, max_bad_share=0.9))
+        loaders.append(
+            TrainingLoader(order, assembler_of(sources, tokenizer, **options), slices, 0, 1, max_bad_share=0.9)
+        )
     together = []
     for parts in zip(*(loader.steps(*steps) for loader in loaders), strict=True):
         together.append(told([batch for several in zip(*parts, strict=True) for batch in several]))
@@ -299,6 +304,27 @@ def test_every_division_gives_the_same_global_batches(request, task: str, tokeni
     if kind == "spoilt":
         causes = {"truncated", "not an image", "zero bytes", "undecodable", "empty caption"}
         assert set(plain.skipped) <= causes and len(plain.skipped) >= 3, plain.skipped
+
+
+def test_every_division_augments_a_picture_alike(task: str, tokenizer, tmp_path: Path) -> None:
+    """In a step a picture looks the same in whichever row and place it stands, and others are augmented otherwise."""
+    rows = rows_of(task, 8)
+    names = ["image_0", "image_1"] if task == "nlvr2" else ["image"]
+    again = [{**row, **dict(zip(names, [row[name] for name in reversed(names)]))} for row in rows]
+    write_statements(tmp_path / "own.arrow", rows + again)
+    sources, draw = open_statements(task, ["arrow:own"], tmp_path), RandAugment("randaugment_published", 3, 24)
+    whole, _ = global_batches(sources, tokenizer, (0, 6), augment=draw)
+    for world, micro in [(1, 3), (2, 12), (8, 1)]:
+        assert global_batches(sources, tokenizer, (0, 6), world, micro, augment=draw)[0] == whole, (world, micro)
+    plain, _ = global_batches(sources, tokenizer, (0, 6))
+    changed: dict[bytes, set[bytes]] = {}
+    for before, after in zip(plain, whole, strict=True):
+        seen: dict[bytes, bytes] = {}
+        for bare, augmented in zip(before, after, strict=True):
+            for one, other in zip(bare[3:], augmented[3:], strict=True):
+                assert seen.setdefault(one, other) == other
+                changed.setdefault(one, set()).add(other)
+    assert all(len(looks) > 1 for looks in changed.values())
 
 
 @pytest.mark.parametrize("world", [1, 3])
