@@ -7,10 +7,11 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo tasks-demo test bench lint clean
 
 help:
 	@echo "make demo    pre-train on synthetic scenes, score on held-out ones, write $(RUN)/report.html"
+	@echo "make tasks-demo  fine-tune that model, and one from scratch, on every task; write $(RUN)/tasks/table.md"
 	@echo "make test    run the tests"
 	@echo "make bench   regenerate the tables under benchmarks/results"
 	@echo "make lint    check style"
@@ -27,12 +28,18 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 demo: export DS_ACCELERATOR := cpu
 demo: export OMP_NUM_THREADS := $(shell expr \( $$(nproc) + 1 \) / 2)
 demo: PROCESSES := --num_accelerators 2
+tasks-demo: ROWS := processes=2
 endif
 
 demo: $(INSTALLED)
 	$(BIN)/meter-fast data scenes $(RUN)/data
 	$(BIN)/deepspeed $(PROCESSES) --module meter_fast.train pretrain size=tiny data.root=$(RUN)/data run.dir=$(RUN)
 	$(BIN)/meter-fast report $(RUN)
+
+# Goes on from the demo, and makes it where there is none.
+tasks-demo: $(INSTALLED)
+	test -d $(RUN)/export || $(MAKE) demo
+	$(BIN)/meter-fast train transfer size=tiny init=$(RUN) data.root=$(RUN)/data run.dir=$(RUN)/tasks seeds=0,1,2 $(ROWS)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

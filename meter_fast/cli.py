@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add_data_parsers(data)
 
     train = commands.add_parser("train", help="train in one process; on several: deepspeed --module meter_fast.train")
-    train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain; ablation: a table of the paper")
+    train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain; ablation, transfer: comparisons")
     train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example: size=tiny optim.lr=1e-4")
     train.set_defaults(run=run_training)
 
@@ -110,10 +110,10 @@ def data_scenes(arguments: argparse.Namespace) -> None:
 
 
 def run_training(arguments: argparse.Namespace) -> int | None:
-    if arguments.recipe == "ablation":
-        from meter_fast.ablation import main as ablation
+    if arguments.recipe in ("ablation", "transfer"):
+        from meter_fast.ablation import main as compare
 
-        return ablation(arguments.settings)
+        return compare(arguments.recipe, arguments.settings)
     from meter_fast.recipes import resolve
 
     command = [arguments.recipe, *arguments.settings]

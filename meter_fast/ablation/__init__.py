@@ -17,18 +17,26 @@ GPU), hostfile=FILE on several machines.
 import sys
 from collections.abc import Sequence
 
-from meter_fast.ablation.plan import make_plan
-from meter_fast.ablation.stages import run_plan
+from meter_fast.ablation.plan import describe, make_plan
+from meter_fast.ablation.stages import EXIT_WRONG, run_rows
+from meter_fast.ablation.table import write_table
+from meter_fast.ablation.transfer import describe_transfer, make_transfer_plan
+from meter_fast.ablation.transfer_table import write_transfer_table
 from meter_fast.config import ConfigError
 
-__all__ = ["main", "make_plan", "run_plan"]
+COMPARISONS = {
+    "ablation": (make_plan, describe, write_table),
+    "transfer": (make_transfer_plan, describe_transfer, write_transfer_table),
+}
+"""Words after `meter-fast train` that run several rows: how each is planned, described and written."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run a table; returns the exit code."""
+def main(name: str, argv: Sequence[str]) -> int:
+    """Run a comparison; returns the exit code."""
+    make, said, write = COMPARISONS[name]
     try:
-        plan = make_plan(argv)
+        plan = make(argv)
     except ConfigError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 2
-    return run_plan(plan)
+        return EXIT_WRONG
+    return run_rows(plan.rows, plan.launch, plan.folder, said(plan), lambda: write(plan))

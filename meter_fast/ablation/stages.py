@@ -1,4 +1,4 @@
-"""Carries out a plan: one stage after another, each in processes of its own, and goes on where it was stopped.
+"""Carries out planned rows: one stage after another, each in processes of its own, and goes on where it was stopped.
 
 Knows commands, processes, signals and the files that say how a stage ended. Knows nothing of models or scores.
 """
@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from meter_fast.ablation.plan import Plan, PlannedRow, Stage, describe
-from meter_fast.ablation.table import write_table
+from meter_fast.ablation.rows import Launch, PlannedRow, Stage
 from meter_fast.config import ConfigError
 from meter_fast.training.interruption import EXIT_INTERRUPTED, SIGNALS
 from meter_fast.training.monitor import RUN_FILE, duration, replace_text
@@ -24,29 +24,34 @@ SHOWN = ("step ", "pictures ", "held out", "warning", "error", "stopped")
 """Beginnings of the lines of a stage's output that are passed on; all of it is in the log."""
 
 
-def run_plan(plan: Plan) -> int:
-    """Run what is not done yet, rows in order, and write the table after each. Returns the exit code."""
+def run_rows(
+    rows: Sequence[PlannedRow], launch: Launch, folder: Path, said: Sequence[str], write: Callable[[], object]
+) -> int:
+    """Run what is not done yet, rows in order, and `write` the table into the folder after each. Returns the exit code.
+
+    said: the plan for people. write leaves table.md in the folder, and what else there is.
+    """
     try:
-        check_done(plan)
-        for planned in plan.rows:
+        check_done(rows)
+        for planned in rows:
             planned.folder.mkdir(parents=True, exist_ok=True)
     except (ConfigError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return EXIT_WRONG
-    say("\n".join(describe(plan)))
+    say("\n".join(said))
     began, failed = time.monotonic(), []
-    with Runner(plan) as runner:
-        for number, planned in enumerate(plan.rows, 1):
-            ended = run_row(runner, planned, f"{number}/{len(plan.rows)} {planned.row.name}")
+    with Runner(launch) as runner:
+        for number, planned in enumerate(rows, 1):
+            ended = run_row(runner, planned, f"{number}/{len(rows)} {planned.name}")
             if ended == EXIT_INTERRUPTED:
                 say("stopped; the same command goes on from here")
                 return EXIT_INTERRUPTED
             if ended != EXIT_DONE:
-                failed.append(planned.row.name)
-            write_table(plan)
-    say((plan.folder / "table.md").read_text(encoding="utf-8"))
-    say(f"{len(plan.rows) - len(failed)} of {len(plan.rows)} rows done in {duration(time.monotonic() - began)}; "
-        f"written to {plan.folder}/table.md, table.json and table.png")  # fmt: skip
+                failed.append(planned.name)
+            write()
+    say((folder / "table.md").read_text(encoding="utf-8"))
+    say(f"{len(rows) - len(failed)} of {len(rows)} rows done in {duration(time.monotonic() - began)}; "
+        f"written to {folder}/table.md, table.json and table.png")  # fmt: skip
     if failed:
         say(f"failed: {', '.join(failed)}; the same command tries them again")
     return EXIT_FAILED if failed else EXIT_DONE
@@ -56,9 +61,9 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def check_done(plan: Plan) -> None:
+def check_done(rows: Sequence[PlannedRow]) -> None:
     """Raise ConfigError where a finished stage is not the one that is asked for now: its scores would be mixed up."""
-    for planned in plan.rows:
+    for planned in rows:
         open_stage = None
         for stage in planned.stages:
             if not stage.done.is_file():
@@ -73,7 +78,7 @@ def check_done(plan: Plan) -> None:
                 )
             if open_stage is not None and stage.config is not None:
                 raise ConfigError(
-                    f"{stage.name} of row {planned.row.name} is done, {open_stage} before it is not: remove "
+                    f"{stage.name} of row {planned.name} is done, {open_stage} before it is not: remove "
                     f"{planned.folder} to run the row anew"
                 )
 
@@ -110,8 +115,8 @@ class Runner:
     """Starts stages, shows how far they are, and passes a request to stop (SIGTERM, SIGINT, SIGHUP) on to the one that
     runs. A context manager: the handlers are there inside it."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
         self.stopping = False
         self._process: subprocess.Popen | None = None
         self._before: dict[signal.Signals, object] = {}
@@ -136,7 +141,7 @@ class Runner:
         ends with 75, whatever its processes said."""
         if self.stopping:
             return EXIT_INTERRUPTED, ""
-        words, environment = command_of(stage, self.plan.processes, self.plan.hostfile)
+        words, environment = command_of(stage, self.launch)
         say(f"{title} {' '.join(stage.command)}")
         last = ""
         with open(stage.log, "a", encoding="utf-8", errors="replace") as log:
@@ -160,14 +165,14 @@ class Runner:
         return code, last
 
 
-def command_of(stage: Stage, processes: int | None, hostfile: str) -> tuple[list[str], dict[str, str]]:
+def command_of(stage: Stage, launch: Launch) -> tuple[list[str], dict[str, str]]:
     """(command line, environment) of a stage: evaluation and training in one process as they are, training in several
     through DeepSpeed's launcher."""
-    gpus = _gpus()
+    gpus, hostfile = _gpus(), launch.hostfile
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if not gpus and not hostfile:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    count = processes if processes is not None else max(1, gpus)
+    count = launch.processes if launch.processes is not None else max(1, gpus)
     if stage.config is None or (count == 1 and not hostfile):
         return [sys.executable, "-m", "meter_fast.cli", *stage.command], environment
     if not gpus and not hostfile:

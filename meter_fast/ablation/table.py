@@ -5,14 +5,14 @@ Knows plans, run directories and scores. Knows nothing of how stages are run.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
-from meter_fast.ablation.plan import Plan, PlannedRow, Stage
+from meter_fast.ablation.plan import Plan
 from meter_fast.ablation.plot import draw
-from meter_fast.config import RunConfig, from_dict
+from meter_fast.ablation.records import facts_of, pipe_table, runs_text, scores_of, status_of
+from meter_fast.ablation.rows import PlannedRow
 from meter_fast.recipes.paper_tables import RETRIEVAL, VQA
-from meter_fast.training.monitor import RUN_FILE, duration, replace_text
+from meter_fast.training.monitor import replace_text
 
 NOT_REREAD = "†"
 SOURCE = "Dou et al. 2022, An Empirical Study of Training End-to-End Vision-and-Language Transformers, arXiv 2111.02387"
@@ -47,10 +47,9 @@ def collect(plan: Plan) -> dict[str, Any]:
 
 
 def _row(plan: Plan, planned: PlannedRow) -> dict[str, Any]:
-    found = {
-        stage.name: _read(stage.scores) for stage in planned.stages if stage.config is None and stage.done.is_file()
-    }
-    status, message = _status(planned)
+    found = scores_of(planned)
+    status, message = status_of(planned)
+    row = plan.row(planned.name)
     retrieval = found.get("retrieval")
     ours, chance = {}, {}
     if retrieval is not None:
@@ -59,43 +58,17 @@ def _row(plan: Plan, planned: PlannedRow) -> dict[str, Any]:
     if "vqa_score" in found:
         ours = {VQA: 100 * found["vqa_score"]["vqa"]["all"]["score"], **ours}
     return {
-        "name": planned.row.name,
-        "label": planned.row.label,
+        "name": row.name,
+        "label": row.label,
         "status": status,
         "message": message,
         "ours": ours,
         "chance": chance,
-        "paper": dict(planned.row.paper),
-        "reread": dict(planned.row.checked),
+        "paper": dict(row.paper),
+        "reread": dict(row.checked),
         "scores": found,
-        "stages": {stage.name: _stage(stage) for stage in planned.stages},
+        "stages": {stage.name: facts_of(stage) for stage in planned.stages},
     }
-
-
-def _status(planned: PlannedRow) -> tuple[str, str]:
-    """ "done", "failed" or "not run", and of a failure the stage and its message."""
-    for stage in planned.stages:
-        if stage.failed.is_file():
-            return "failed", f"{stage.name}: {_read(stage.failed)['message']}"
-    return ("done" if all(stage.done.is_file() for stage in planned.stages) else "not run"), ""
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    """Command and time of a stage; of training also what the run recorded of itself."""
-    facts: dict[str, Any] = {"command": " ".join(("meter-fast", *stage.command))}
-    if not stage.done.is_file():
-        return facts
-    facts["seconds"] = _read(stage.done)["seconds"]
-    if stage.config is not None:
-        run = _read(stage.run_dir / RUN_FILE)
-        config = from_dict(RunConfig, _read(stage.run_dir / "config.json"))
-        facts |= {name: run[name] for name in ("steps", "world_size", "zero_stage", "dtype", "device", "versions")}
-        facts |= {"seed": config.run.seed, "global_batch": config.engine.global_batch}
-    return facts
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------------- wording
@@ -110,21 +83,16 @@ def markdown(result: dict[str, Any]) -> str:
         _notes(result),
         _recalls(result),
         _answers(result),
-        _runs(result),
+        runs_text(result["rows"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
 def _main(result: dict[str, Any]) -> str:
     head = ["row"]
     for name in result["metrics"]:
         head += [f"{name}, paper", f"{name}, ours"] if name in result["metrics_of_ours"] else [f"{name}, paper"]
-    return _table(head, [_cells(result, row) for row in result["rows"]])
+    return pipe_table(head, [_cells(result, row) for row in result["rows"]])
 
 
 def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -177,7 +145,7 @@ def _recalls(result: dict[str, Any]) -> str:
         f"Zero-shot retrieval of ours, split {first['split']}: {first['pictures']:,} pictures, {first['captions']:,} "
         f"captions, {first['different_captions']:,} of them different."
     )
-    return f"{text}\n\n" + _table(["row", *(name.replace("_r", "@").upper() for name in names)], body)
+    return f"{text}\n\n" + pipe_table(["row", *(name.replace("_r", "@").upper() for name in names)], body)
 
 
 def _answers(result: dict[str, Any]) -> str:
@@ -193,25 +161,8 @@ def _answers(result: dict[str, Any]) -> str:
     ]
     first = rows[0][1]
     text = f"Questions answered, ours, {first['split']}: {first['pairs']:,} questions."
-    return f"{text}\n\n" + _table(["row", *kinds], body)
+    return f"{text}\n\n" + pipe_table(["row", *kinds], body)
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
-
-
-def _runs(result: dict[str, Any]) -> str:
-    """Steps, seeds, versions and times of what was trained."""
-    rows, versions = [], set()
-    for row in result["rows"]:
-        for name, stage in row["stages"].items():
-            if "steps" in stage:
-                rows.append([
-                    f"{row['label']}, {name}", f"{stage['steps']:,}", str(stage["global_batch"]), str(stage["seed"]),
-                    f"{stage['world_size']} x {stage['device']}", duration(stage["seconds"]),
-                ])  # fmt: skip
-                versions.add(", ".join(f"{key} {value}" for key, value in stage["versions"].items()))
-    if not rows:
-        return ""
-    table = _table(["run", "steps", "batch", "seed", "processes", "time"], rows)
-    return "\n\n".join([table, *sorted(versions), "The commands are in table.json."])

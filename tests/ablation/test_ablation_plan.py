@@ -5,6 +5,7 @@ import os
 import pytest
 
 from meter_fast.ablation.plan import Plan, describe, make_plan
+from meter_fast.ablation.rows import Launch
 from meter_fast.ablation.stages import command_of
 from meter_fast.cli import main
 from meter_fast.config import ConfigError
@@ -22,14 +23,14 @@ def plan_of(table: str, size: str, *more: str, stages: str = "") -> Plan:
 @pytest.mark.parametrize("table", TABLES)
 def test_every_stage_is_a_command_of_the_trainer(table, size):
     plan = plan_of(table, size)
-    assert [planned.row for planned in plan.rows] == list(TABLES[table].rows)
+    assert [plan.row(planned.name) for planned in plan.rows] == list(TABLES[table].rows)
     for planned in plan.rows:
         training = [stage for stage in planned.stages if stage.config is not None]
         assert training and {stage.command[0] for stage in training} == {"train"}
         for stage in training:
             config = resolve(stage.command[1:])
             assert config == stage.config and config.data.root == "DATA"
-            assert config.run.dir == f"RUN/rows/{planned.row.name}/{stage.name}"
+            assert config.run.dir == f"RUN/rows/{planned.name}/{stage.name}"
 
 
 @pytest.mark.parametrize("size", ["tiny", "base"])
@@ -50,7 +51,7 @@ def test_fine_tuning_goes_on_from_the_rows_own_pretraining(table, size):
 def rows(table: str, size: str, **arguments) -> dict:
     """Row name -> configuration of its first training stage."""
     plan = plan_of(table, size, **arguments)
-    return {planned.row.name: planned.stages[0].config for planned in plan.rows}
+    return {planned.name: planned.stages[0].config for planned in plan.rows}
 
 
 def test_rows_differ_in_what_the_table_compares():
@@ -178,17 +179,17 @@ def test_several_processes_go_through_the_launcher(tmp_path, monkeypatch):
     hosts.write_text("node1 slots=8\n")
     (planned,) = plan_of("encoders", "base", "rows=bert_clip32", stages="retrieval").rows
     pretrain, retrieval = planned.stages
-    alone, environment = command_of(pretrain, 1, "")
+    alone, environment = command_of(pretrain, Launch(1))
     assert alone[1:5] == ["-m", "meter_fast.cli", "train", "pretrain"] and "OMP_NUM_THREADS" not in environment
-    several, environment = command_of(pretrain, 8, "")
+    several, environment = command_of(pretrain, Launch(8))
     assert os.path.basename(several[1]) == "deepspeed" and several[2:4] == ["--num_gpus", "8"]
     at = several.index("--module")
     assert several[at : at + 3] == ["--module", "meter_fast.train", "pretrain"]
     assert several[at + 2 :] == alone[4:]
-    nodes, _ = command_of(pretrain, None, str(hosts))
+    nodes, _ = command_of(pretrain, Launch(hostfile=str(hosts)))
     assert nodes[2:4] == ["--hostfile", str(hosts)] and nodes[at + 2 :] == alone[4:]
-    for processes, hostfile in ((8, ""), (None, str(hosts))):
-        assert command_of(retrieval, processes, hostfile)[0][1:4] == ["-m", "meter_fast.cli", "evaluate"]
+    for launch in (Launch(8), Launch(hostfile=str(hosts))):
+        assert command_of(retrieval, launch)[0][1:4] == ["-m", "meter_fast.cli", "evaluate"]
 
 
 @pytest.mark.parametrize(
