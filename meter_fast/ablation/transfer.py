@@ -30,12 +30,14 @@ from meter_fast.ablation.rows import (
     training,
 )
 from meter_fast.config import ConfigError
-from meter_fast.recipes.paper_tables import HELD_OUT, PICTURES, Size
+from meter_fast.recipes.paper_tables import HELD_OUT, Size
 
 ARGUMENTS = ("init", "size", "tasks", "starts", "seeds", "processes", "hostfile", "pictures")
 PRETRAINED, SCRATCH, ZERO_SHOT = "pretrained", "scratch", "zero_shot"
 STARTS = (PRETRAINED, SCRATCH, ZERO_SHOT)
 SCORE = "score"
+PICTURES: dict[Size, int | None] = {"base": None, "tiny": 200}
+"""Of retrieval; None: all."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ RETRIEVAL = Task(
     "retrieval",
     {"tiny": "retrieval_coco", "base": "retrieval_f30k"},
     HELD_OUT,
-    ("run.max_steps=300", "run.max_epochs=0", "run.eval_every=0"),
+    ("run.max_steps=200", "run.max_epochs=0", "run.eval_every=0"),
 )
 TASKS = {
     task.name: task
     for task in (
-        _task("vqa", 600),
-        _task("nlvr2", 500, "data.val_sources=arrow:nlvr2_test1"),
-        _task("snli_ve", 500, "data.val_sources=arrow:snli_test"),
+        _task("vqa", 300),
+        _task("nlvr2", 200, "data.val_sources=arrow:nlvr2_test1"),
+        _task("snli_ve", 200, "data.val_sources=arrow:snli_test"),
         RETRIEVAL,
     )
 }
