@@ -62,7 +62,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", choices=["fp32", "bf16"], help="retrieval: of the model (default fp32)")
     evaluate.add_argument("--beams", type=int, metavar="N", help="caption: width of the search (default 1, greedy)")
     evaluate.add_argument("--captions", type=Path, metavar="FILE", help="caption: the official results file")
-    evaluate.add_argument("--submission", type=Path, metavar="FILE", help="vqa: the evaluation server's file")
+    evaluate.add_argument(
+        "--submission", type=Path, metavar="FILE", help="vqa: the evaluation server's file; nlvr2, snli_ve: judgements"
+    )
+    evaluate.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="nlvr2: official JSON lines that number a submission's statements",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     evaluate.set_defaults(run=evaluate_model)
 
@@ -141,7 +149,8 @@ TASK_OPTIONS = {
     "dtype": ("retrieval",),
     "beams": ("caption",),
     "captions": ("caption",),
-    "submission": ("vqa",),
+    "submission": ("vqa", "nlvr2", "snli_ve"),
+    "annotations": ("nlvr2",),
 }
 
 
@@ -177,8 +186,9 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         from meter_fast.evaluate import evaluate_split, lines
 
         scores = evaluate_split(
-            arguments.model, task, arguments.settings, arguments.pairs, world=world, submission=arguments.submission
-        )
+            arguments.model, task, arguments.settings, arguments.pairs, world=world, submission=arguments.submission,
+            annotations=arguments.annotations,
+        )  # fmt: skip
     if world is None or world.is_main:
         print("\n".join(lines(scores)))
         if arguments.json is not None:
