@@ -93,10 +93,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line; settings may stand behind options, too. Exits where some are wrong."""
+    top = parser()
+    arguments, more = top.parse_known_args(argv)
+    if more and (not hasattr(arguments, "settings") or any(word.startswith("-") or "=" not in word for word in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.settings = [*arguments.settings, *more]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
     """Carry out a command line; returns the exit code. world: the processes that do it together, where they are more
     than this one (`evaluate`)."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     arguments.world = world
     try:
         return arguments.run(arguments) or 0

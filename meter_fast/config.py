@@ -316,8 +316,13 @@ def _unknown(key: str, known: list[str]) -> ConfigError:
     by_name = {k.rsplit(".", 1)[-1]: k for k in known}
     near = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.75)]
     guess = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6) or near
-    hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(known)}"
+    hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(_sections(known))}"
     return ConfigError(f"unknown setting {key!r}: {hint}")
+
+
+def _sections(known: list[str]) -> list[str]:
+    """Settings, or, where these are many, their sections: "optim.*"."""
+    return known if len(known) <= 20 else list(dict.fromkeys(f"{k.split('.')[0]}.*" if "." in k else k for k in known))
 
 
 # --------------------------------------------------------------------------------------------------- values and types

@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["evaluate", *(word for word in given if not word.startswith("--local_rank"))]
     main_process = os.environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if main_process else contextlib.redirect_stderr(io.StringIO()):
-        cli.parser().parse_args(command)
+        cli.parse(command)
     try:
         return cli.main(command, start(PATIENCE))
     except StoppedTogether:

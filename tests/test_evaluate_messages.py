@@ -85,6 +85,9 @@ COMMANDS = [
         "--pairs goes with the task pretrain, vqa, nlvr2 or snli_ve, not with caption",
     ],
     [["{pairs}", "pretrain", "--pairs", "1"], "--pairs 1: give 2 or more"],
+    [["{pairs}", "pretrain", "--pairs", "2", "data.rot=x"], "did you mean data.root?"],  # settings behind an option
+    [["{pairs}", "pretrain", "size=tiny"], "unknown setting 'size': known: model.*, data.*, objectives.*, optim.*, "],
+    [["{pairs}", "retrieval", "--pictures", "2", "--scores", "{tmp}/broken.json"], "as a file is in its way: name an"],
 ]
 
 

@@ -95,10 +95,17 @@ def load_export(folder: str | Path) -> Meter:
 
 
 def read_inputs(folder: str | Path) -> dict[str, str | int]:
-    """How the pictures and texts of an exported model were prepared: what `save_export` was told, or nothing."""
-    inputs = read_json(Path(folder) / CONFIG).get("inputs", {})
+    """How the pictures and texts of an exported model were prepared: what `save_export` was told, or nothing. Raises
+    ValueError naming the file."""
+    path = Path(folder) / CONFIG
+    inputs = read_json(path).get("inputs", {})
     if not isinstance(inputs, dict):
-        raise ValueError(f'{Path(folder) / CONFIG}: its "inputs" is no object; remove it')
+        raise ValueError(f'{path}: its "inputs" is no object; remove it')
+    length, transform = inputs.get("max_text_length", 3), inputs.get("transform", "")
+    if type(length) is not int or length < 3:
+        raise ValueError(f'{path}: "max_text_length" of its "inputs" is {length!r}, and texts have 3 tokens or more')
+    if not isinstance(transform, str):
+        raise ValueError(f'{path}: "transform" of its "inputs" is {transform!r}, expected clip, imagenet or vit')
     return inputs
 
 

@@ -76,11 +76,14 @@ def keep_steps_up_to(path: Path, step: int) -> tuple[int, int]:
 def replace_text(path: Path, text: str) -> None:
     """Write a file complete or not at all: beside it, then one rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def last_seconds(path: Path) -> float:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meter_fast.models.config import tiny
-from meter_fast.models.export import load_export, save_export
+from meter_fast.models.export import load_export, read_inputs, save_export
 from meter_fast.models.meter import Meter
 
 
@@ -73,6 +73,17 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     (later / "config.json").write_text(json.dumps(content | {"version": 2}))
     with pytest.raises(ValueError, match=r"version 2, this program reads version 1"):
         load_export(later)
+
+    for number, (inputs, said) in enumerate([
+        ([], r'its "inputs" is no object'),
+        ({"max_text_length": "x"}, r'"max_text_length" of its "inputs" is \'x\''),
+        ({"max_text_length": -3}, r"is -3, and texts have 3 tokens or more"),
+        ({"transform": 1}, r'"transform" of its "inputs" is 1, expected clip'),
+    ]):  # fmt: skip
+        told = broken(f"inputs-{number}")
+        (told / "config.json").write_text(json.dumps(content | {"inputs": inputs}))
+        with pytest.raises(ValueError, match=f"inputs-{number}/config.json: .*{said}"):
+            read_inputs(told)
 
     unknown = broken("unknown")
     content["model"]["vision"]["colour"] = 1
