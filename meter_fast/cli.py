@@ -5,6 +5,7 @@ Knows arguments and messages; each command is carried out elsewhere, and heavy l
 """
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -115,7 +116,8 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int
         if arguments.traceback:
             raise
         who = f" (process {world.rank})" if world is not None and not world.is_main else ""
-        print(f"meter-fast {arguments.command}{who}: {error}", file=sys.stderr)
+        room = "; make room there" if isinstance(error, OSError) and error.errno == errno.ENOSPC else ""
+        print(f"meter-fast {arguments.command}{who}: {error}{room}", file=sys.stderr)
         return EXIT_WRONG_INPUT
 
 

@@ -15,7 +15,8 @@ from meter_fast.data.text import TextPipeline
 from meter_fast.evaluate import settings_of, skipped_by_all
 from meter_fast.evaluate_texts import over_texts, tuned
 from meter_fast.score_statements import Judged, judge, summary
-from meter_fast.submission import LIKELY_LABEL, Row, check_place, judgement_file, statement_rows, write_text
+from meter_fast.submission import LIKELY_LABEL, Row, check_place, judgement_file, statement_rows
+from meter_fast.training.monitor import replace_text
 from meter_fast.training.world import World
 
 
@@ -77,6 +78,6 @@ def _submit(file: str | Path, rows: Sequence[Row], judged: Sequence[Judged], tas
     """Write the file of judgements, and say what is in it."""
     said = {one.sample: TASKS[task].labels[one.said] for one in judged}
     missing = sum(row.sample not in said for row in rows)
-    write_text(file, judgement_file(rows, said, LIKELY_LABEL[task], task))
+    replace_text(Path(file), judgement_file(rows, said, LIKELY_LABEL[task], task))
     likely = LIKELY_LABEL[task] if missing else None
     return {"file": str(file), "statements": len(rows), "filled": missing, "filled_with": likely}

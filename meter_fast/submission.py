@@ -19,6 +19,7 @@ import numpy as np
 from meter_fast.data.prepare.json_stream import lines
 from meter_fast.data.prepare.plan import field_of
 from meter_fast.data.sources import Sources
+from meter_fast.training.monitor import replace_text
 
 NO_PICTURE = "a picture"  # the caption of one that cannot be read
 LIKELY_ANSWER = "yes"  # the most frequent one of VQAv2
@@ -40,18 +41,7 @@ def check_place(path: str | Path) -> Path:
 
 def write_json(path: str | Path, value: object, indent: int | None = None) -> None:
     """Write a JSON file complete or not at all. Raises OSError."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file beside its place, then rename it. Raises OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(Path(path), json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------ VQAv2's answers

@@ -3,15 +3,13 @@
 import io
 import json
 import math
-import resource
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from meter_fast.submission import write_text
 from meter_fast.training.monitor import (
     METRICS_FILE,
     RUN_FILE,
@@ -262,16 +260,8 @@ def test_summary_names_the_time_and_the_next_command(tmp_path):
 
 
 def test_a_file_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
-    """The limit of a process's files stands for a full disk."""
     path = tmp_path / "results.csv"
     path.write_text("before")
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        for write in (replace_text, write_text):
-            with pytest.raises(OSError, match="File too large"):
-                write(path, "x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(1000), pytest.raises(OSError, match=r"File too large: .*results.csv"):
+        replace_text(path, "x" * 5000)
     assert [one.name for one in tmp_path.iterdir()] == ["results.csv"] and path.read_text() == "before"

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,20 +63,26 @@ def write_export(
     tokenizer_folder: str | Path | None = None,
     answers: str | None = None,
 ) -> Path:
-    """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced."""
+    """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced.
+    Raises OSError, and leaves nothing, where the disk refuses."""
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    save_file(tensors, hidden / WEIGHTS, metadata={"format": "pt"})
-    (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    if tokenizer_folder is not None:
-        shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
-    if answers is not None:
-        (hidden / ANSWERS).write_text(answers, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    hidden.rename(folder)
+    try:
+        save_file(tensors, hidden / WEIGHTS, metadata={"format": "pt"})
+        (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        if tokenizer_folder is not None:
+            shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
+        if answers is not None:
+            (hidden / ANSWERS).write_text(answers, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        hidden.rename(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written ({error}): make room there") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
     return folder
 
 

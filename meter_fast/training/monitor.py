@@ -74,7 +74,7 @@ def keep_steps_up_to(path: Path, step: int) -> tuple[int, int]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file complete or not at all: beside it, then one rename."""
+    """Write a file complete or not at all: beside it, then one rename. Raises OSError naming it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -82,6 +82,8 @@ def replace_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk is told without a name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -201,9 +201,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     assert read_tensors(path)["a"].shape == (1000,)
     content[content.index(bytes(2000)) + 500] ^= 4
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"weights.pt is damaged: weights/data/0 in it does not have its check sum; copy"
-    ):
+    with pytest.raises(ValueError, match=r"weights.pt is damaged: weights/data/0 in it does not have its"):
         read_tensors(path)
 
 
