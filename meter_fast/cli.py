@@ -5,6 +5,7 @@ Knows arguments and messages; each command is carried out elsewhere, and heavy l
 """
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -62,7 +63,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", choices=["fp32", "bf16"], help="retrieval: of the model (default fp32)")
     evaluate.add_argument("--beams", type=int, metavar="N", help="caption: width of the search (default 1, greedy)")
     evaluate.add_argument("--captions", type=Path, metavar="FILE", help="caption: the official results file")
-    evaluate.add_argument("--submission", type=Path, metavar="FILE", help="vqa: the evaluation server's file")
+    evaluate.add_argument(
+        "--submission", type=Path, metavar="FILE", help="vqa: the evaluation server's file; nlvr2, snli_ve: judgements"
+    )
+    evaluate.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="nlvr2: official JSON lines that number a submission's statements",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     evaluate.set_defaults(run=evaluate_model)
 
@@ -85,10 +94,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line; settings may stand behind options, too. Exits where some are wrong."""
+    top = parser()
+    arguments, more = top.parse_known_args(argv)
+    if more and (not hasattr(arguments, "settings") or any(word.startswith("-") or "=" not in word for word in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.settings = [*arguments.settings, *more]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
     """Carry out a command line; returns the exit code. world: the processes that do it together, where they are more
     than this one (`evaluate`)."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     arguments.world = world
     try:
         return arguments.run(arguments) or 0
@@ -96,7 +116,8 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int
         if arguments.traceback:
             raise
         who = f" (process {world.rank})" if world is not None and not world.is_main else ""
-        print(f"meter-fast {arguments.command}{who}: {error}", file=sys.stderr)
+        room = "; make room there" if isinstance(error, OSError) and error.errno == errno.ENOSPC else ""
+        print(f"meter-fast {arguments.command}{who}: {error}{room}", file=sys.stderr)
         return EXIT_WRONG_INPUT
 
 
@@ -141,7 +162,8 @@ TASK_OPTIONS = {
     "dtype": ("retrieval",),
     "beams": ("caption",),
     "captions": ("caption",),
-    "submission": ("vqa",),
+    "submission": ("vqa", "nlvr2", "snli_ve"),
+    "annotations": ("nlvr2",),
 }
 
 
@@ -177,8 +199,9 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         from meter_fast.evaluate import evaluate_split, lines
 
         scores = evaluate_split(
-            arguments.model, task, arguments.settings, arguments.pairs, world=world, submission=arguments.submission
-        )
+            arguments.model, task, arguments.settings, arguments.pairs, world=world, submission=arguments.submission,
+            annotations=arguments.annotations,
+        )  # fmt: skip
     if world is None or world.is_main:
         print("\n".join(lines(scores)))
         if arguments.json is not None:

@@ -4,7 +4,6 @@ Knows what each command needs; heavy libraries are loaded inside it.
 """
 
 import argparse
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -123,6 +122,8 @@ def data_import(arguments: argparse.Namespace) -> int | None:
     share = arguments.max_bad_share
     _check_reading(arguments.workers, "--max-bad-share", share)
     source, name, images = arguments.source, arguments.name, arguments.images
+    if arguments.min_count < 1:
+        raise ValueError(f"--min-count {arguments.min_count}: give 1 or more")
     if arguments.kind == "vqa":
         make = partial(own_questions, source, name, images, share, arguments.answers, arguments.min_count)
     elif arguments.answers or arguments.min_count != 1:
@@ -137,7 +138,10 @@ def data_check(arguments: argparse.Namespace) -> int | None:
 
     from meter_fast.config import DataConfig
     from meter_fast.data.prepare.checking import check_data
+    from meter_fast.submission import check_place, write_json
 
+    if arguments.json is not None:
+        check_place(arguments.json)
     _check_reading(arguments.workers, "--max-bad-share", arguments.max_bad_share)
     results = check_data(
         arguments.root,
@@ -164,5 +168,5 @@ def data_check(arguments: argparse.Namespace) -> int | None:
             print(f"  {note}: {count:,}")
     if arguments.json is not None:
         report = [{**asdict(one), "share": one.found.share()} for one in results]
-        arguments.json.write_text(json.dumps({"broken": broken, "tables": report}, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, {"broken": broken, "tables": report}, indent=2)
     return EXIT_BROKEN if broken else None

@@ -41,6 +41,8 @@ class DataConfig:
     val_sources: tuple[str, ...] = ()  # empty = no held-out evaluation
     val_split: str = "val"
     answers: str = ""  # of visual question answering: JSON list, label 0 first; empty = as the tables name them
+    questions: Literal["single", "by_picture"] = "single"  # in training; by_picture: a batch counts pictures, see docs
+    questions_per_picture: int = 8  # by_picture: at most, a picture with more is read in parts; 0 = all at once
     val_pairs: int = 512  # held-out pairs scored at each evaluation, the first ones of the split's fixed order
     transform: Literal["clip", "imagenet", "vit"] = "clip"  # pixel values and alpha, as the encoder knows them
     augment: Literal["none", "randaugment_published", "randaugment"] = "none"  # of training pictures alone
@@ -241,6 +243,10 @@ def check(config: RunConfig) -> None:
         (data.workers >= 0, "data.workers", data.workers, "0 or more"),
         (data.prefetch >= 1, "data.prefetch", data.prefetch, "1 or more"),
         (data.val_pairs >= 2, "data.val_pairs", data.val_pairs, "2 or more"),
+        (data.questions == "single" or objectives.names == ("vqa",), "data.questions", data.questions,
+         "only vqa reads questions; leave it at single"),
+        (data.questions_per_picture >= 0, "data.questions_per_picture", data.questions_per_picture,
+         "1 or more, or 0 for all"),
         (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share between 0 and 1"),
         (bool(objectives.names), "objectives.names", objectives.names,
          "name at least one of mlm, itm, mim_in_batch, mim_codes, span_denoising, caption"),
@@ -310,8 +316,13 @@ def _unknown(key: str, known: list[str]) -> ConfigError:
     by_name = {k.rsplit(".", 1)[-1]: k for k in known}
     near = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.75)]
     guess = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6) or near
-    hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(known)}"
+    hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(_sections(known))}"
     return ConfigError(f"unknown setting {key!r}: {hint}")
+
+
+def _sections(known: list[str]) -> list[str]:
+    """Settings, or, where these are many, their sections: "optim.*"."""
+    return known if len(known) <= 20 else list(dict.fromkeys(f"{k.split('.')[0]}.*" if "." in k else k for k in known))
 
 
 # --------------------------------------------------------------------------------------------------- values and types

@@ -5,9 +5,11 @@ in `unused.safetensors`, so that the way back gives every value again.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from meter_fast import export_folder
@@ -31,14 +33,21 @@ def to_export(
     """Write the published checkpoint `source` as the export folder `out`. tokenizer: hub name or folder whose files go
     into it, or None. Raises ValueError where something does not fit, or `out` exists."""
     _must_be_new(out)
-    model, report = from_meter(source, image_size=image_size, text_heads=text_heads, fusion_heads=fusion_heads)
-    save_export(model, out, None)
-    if report.unused:
-        save_file({name: value.contiguous().clone() for name, value in report.unused.items()}, out / UNUSED_FILE)
+    known = None
     if tokenizer is not None:
         from meter_fast.data.tokenizer import load_tokenizer
 
-        load_tokenizer(tokenizer).save_pretrained(out / "tokenizer")
+        known = load_tokenizer(tokenizer)
+    model, report = from_meter(source, image_size=image_size, text_heads=text_heads, fusion_heads=fusion_heads)
+    save_export(model, out, None)
+    try:
+        if report.unused:
+            save_file({name: value.contiguous().clone() for name, value in report.unused.items()}, out / UNUSED_FILE)
+        if known is not None:
+            known.save_pretrained(out / "tokenizer")
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(out)
+        raise OSError(f"{out} could not be written ({error}): make room there") from error
     return report
 
 
@@ -57,8 +66,13 @@ def to_checkpoint(source: Path, out: Path) -> int:
     state = to_meter(model, unused)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    torch.save({"state_dict": state, "hyper_parameters": {"config": published_config(model.config)}}, temporary)
-    temporary.rename(out)
+    try:
+        torch.save({"state_dict": state, "hyper_parameters": {"config": published_config(model.config)}}, temporary)
+        temporary.rename(out)
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"{out} could not be written ({error}): make room there") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(state)
 
 

@@ -101,6 +101,7 @@ def evaluate_split(
     device: str | None = None,
     world: World | None = None,
     submission: str | Path | None = None,
+    annotations: str | Path | None = None,
 ) -> dict:
     """Score the model at `model_path` (run directory, export folder or METER .ckpt) on held-out pairs or questions.
 
@@ -108,7 +109,8 @@ def evaluate_split(
     "data.root=FOLDER" and the like, over the run's own or, for a model without a run, over the recipe's;
     `held_out_names` says what is scored, of data.val_split. pairs: at most so many. world: the processes that do it
     together, each a part; all of them call this and get the same scores, which are those of one process. submission: of
-    vqa, the file that the evaluation server reads.
+    questions the file that the evaluation server reads, of statements one of their judgements. annotations: of nlvr2,
+    the official file that names them.
 
     Returns the scores by objective as `evaluate_pretraining` gives them, {"split", "tables", "pairs", "skipped"} and
     `facts`. Raises ValueError where something is missing or does not fit.
@@ -121,7 +123,7 @@ def evaluate_split(
     elif task in TASKS:
         from meter_fast.evaluate_statements import evaluate_statements
 
-        scores = evaluate_statements(path, task, settings, pairs, world)
+        scores = evaluate_statements(path, task, settings, pairs, world, submission, annotations)
     else:
         scores = _evaluate_pairs(path, settings, pairs, world)
     return {**scores, **facts(path, task, world)}
@@ -147,8 +149,9 @@ def lines(scores: Mapping) -> list[str]:
     said.append(f"split {scores['split']}, {scores['pairs']:,} {noun}, skipped {scores['skipped'] or 'none'}")
     made = scores.get("submission")
     if made is not None:
-        filled = f"; {made['filled']:,} could not be asked, with {made['filled_with']!r}" if made["filled"] else ""
-        said.append(f"{made['file']}: {made['questions']:,} answers{filled}")
+        what, verb = ("answers", "asked") if scores["task"] == "vqa" else ("judgements", "judged")
+        filled = f"; {made['filled']:,} could not be {verb}, with {made['filled_with']!r}" if made["filled"] else ""
+        said.append(f"{made['file']}: {made.get('questions', made.get('statements')):,} {what}{filled}")
     return said
 
 
@@ -281,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["evaluate", *(word for word in given if not word.startswith("--local_rank"))]
     main_process = os.environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if main_process else contextlib.redirect_stderr(io.StringIO()):
-        cli.parser().parse_args(command)
+        cli.parse(command)
     try:
         return cli.main(command, start(PATIENCE))
     except StoppedTogether:

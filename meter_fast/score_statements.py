@@ -22,11 +22,12 @@ from meter_fast.objectives.reading import fuse_readings
 
 
 class Judged(NamedTuple):
-    """One statement and whether it was judged rightly, 0 or 1. sample: its number in the split; label: its own;
-    exchanged: the same by other pictures, None where the batch has no others."""
+    """One statement, what the model said and whether that is right, 0 or 1. sample: its number in the split; label: its
+    own; said: the model's; exchanged: as `right` by other pictures, None where the batch has no others."""
 
     sample: int
     label: int
+    said: int
     right: float
     exchanged: float | None
 
@@ -46,9 +47,9 @@ def judge(model: Meter, batches: Iterable[StatementBatch], device: torch.device 
     judged: list[Judged] = []
     try:
         for batch in batches:
-            columns = (batch.sample_ids, batch.labels, *_right(model, batch.to(device), task))
+            columns = (batch.sample_ids, batch.labels, *_judgements(model, batch.to(device), task))
             rows = zip(*(column.tolist() for column in columns), strict=True)
-            judged += [Judged(*row[:3], None if math.isnan(row[3]) else row[3]) for row in rows]
+            judged += [Judged(*row[:4], None if math.isnan(row[4]) else row[4]) for row in rows]
     finally:
         model.train(was_training)
     return judged
@@ -73,9 +74,9 @@ def summary(judged: Sequence[Judged], task: str) -> dict[str, dict[str, float]]:
     return result
 
 
-def _right(model: Meter, batch: StatementBatch, task: str) -> tuple[Tensor, Tensor]:
-    """Whether each statement is judged rightly, 0 or 1, by its own pictures and by others, [B] and [B] float64; NaN
-    where the batch has no others."""
+def _judgements(model: Meter, batch: StatementBatch, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What is said of each statement, [B] int64, and whether it is judged rightly, 0 or 1, by its own pictures and by
+    others, [B] and [B] float64; NaN where the batch has no others."""
     objective = OBJECTIVES[task]
     image = model.encode_image(batch.images)
     text = model.encode_text(batch.text_ids, batch.text_mask)
@@ -84,8 +85,9 @@ def _right(model: Meter, batch: StatementBatch, task: str) -> tuple[Tensor, Tens
     for rows in (batch.image_rows, others):
         reading = objective.reading(replace(batch, image_rows=rows), 0)
         (fused,) = fuse_readings(model, text, image, batch.text_mask, (reading,))
-        found.append((getattr(model, objective.HEAD)(fused.cls).argmax(-1) == batch.labels).double())
-    return found[0], found[1].masked_fill(~there, float("nan"))
+        found.append(getattr(model, objective.HEAD)(fused.cls).argmax(-1))
+    right, other = ((said == batch.labels).double() for said in found)
+    return found[0], right, other.masked_fill(~there, float("nan"))
 
 
 def _means(judged: Sequence[Judged]) -> dict[str, float]:

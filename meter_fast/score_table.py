@@ -49,7 +49,12 @@ class ScoreTable:
                     "remove it"
                 )
             return
-        (folder / BLOCKS).mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / BLOCKS).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"--scores {folder} cannot be a folder, as a file is in its way: name another one"
+            ) from None
         if any((folder / BLOCKS).iterdir()):
             raise ValueError(f"{folder} holds records of scores without {DESCRIPTION}: name another folder")
         with open(folder / SCORES, "wb") as file:

@@ -255,7 +255,9 @@ def prepare(config: RunConfig, this: World) -> Run:
     sources = this.each(lambda: task.open_sources(config.data))
     this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
     tokenizer, folder = open_tokenizer(config, this, sources) if task.reads_text else (None, None)
-    read = fit_length(fit_vocabulary(config, tokenizer) if task.reads_text else config, len(sources))
+    read = fit_length(
+        fit_vocabulary(config, tokenizer) if task.reads_text else config, task.draws(config.data, sources)
+    )
     config, answers = this.each(lambda: task.fit(read, sources))
     dtype = DTYPES[config.engine.dtype]
     pairs = this.each(lambda: task.open_data(config, this, sources, tokenizer, folder, accumulated, dtype, answers))
@@ -267,7 +269,8 @@ def prepare(config: RunConfig, this: World) -> Run:
     engine = Engine(module, config, this, task.parameter_name, start.masters)
     restore(engine.state, start, this)
     start.reader = start.masters = None
-    monitor = Monitor(config.run.dir, config.run.max_steps, config.engine.global_batch, this.is_main)
+    samples = config.engine.global_batch * pairs.samples_a_draw
+    monitor = Monitor(config.run.dir, config.run.max_steps, samples, this.is_main)
     monitor.message(describe(config))
     monitor.banner(banner.rows(config, this, engine, pairs, start, module.model, memory))
     this.together(lambda: note_settings(config))

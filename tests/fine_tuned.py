@@ -85,12 +85,12 @@ def _describe(folder: Path, recipe: list[str], scenes: Path, model: Meter) -> Pa
     return folder
 
 
-def damaged_table(source: Path, target: Path, rows: tuple[int, ...]) -> Path:
+def damaged_table(source: Path, target: Path, rows: tuple[int, ...], column: str = "image") -> Path:
     """The table with the pictures of some rows cut off."""
     table = pa.ipc.open_file(str(source)).read_all()
-    pictures = [data[:100] if row in rows else data for row, data in enumerate(table.column("image").to_pylist())]
-    place = table.schema.get_field_index("image")
-    table = table.set_column(place, "image", pa.array(pictures, pa.binary()))
+    pictures = [data[:100] if row in rows else data for row, data in enumerate(table.column(column).to_pylist())]
+    place = table.schema.get_field_index(column)
+    table = table.set_column(place, column, pa.array(pictures, pa.binary()))
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return target

@@ -54,6 +54,7 @@ def test_commands_and_options_are_these():
                 "--beams",
                 "--captions",
                 "--submission",
+                "--annotations",
                 "--json",
             ),
         ],

@@ -49,7 +49,7 @@ def test_values_are_read_by_the_type_of_their_setting(text, value):
         ("lr=1", "did you mean optim.lr?"),
         ("engine.sources=coco", "did you mean data.sources?"),
         ("data.worker=1", "did you mean data.workers?"),
-        ("nothing.like.it=1", "known: "),
+        ("nothing.like.it=1", r"known: model\.\*, data\.\*, objectives\.\*, optim\.\*, engine\.\*"),
         ("optim.lr", "key=value"),
         ("optim.lr=fast", "optim.lr=fast: expected a number"),
         ("optim.warmup=soon", "a whole number or a number"),

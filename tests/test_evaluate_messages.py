@@ -71,7 +71,10 @@ COMMANDS = [
     [["{caption}", "caption", "data.root={tmp}/nowhere"], "is not a folder"],
     # settings and options
     [["{pairs}", "pretrain", "data.rot=x"], "data.root"],
-    [["{pairs}", "pretrain", "--submission", "{tmp}/a.json"], "--submission goes with the task vqa, not with pretrain"],
+    [
+        ["{pairs}", "pretrain", "--submission", "{tmp}/a.json"],
+        "--submission goes with the task vqa, nlvr2 or snli_ve, not with pretrain",
+    ],
     [["{vqa}", "vqa", "--captions", "{tmp}/a.json"], "--captions goes with the task caption, not with vqa"],
     [["{vqa}", "vqa", "--json", "{tmp}/absent/a.json"], "there is no folder {tmp}/absent"],
     [["{caption}", "caption", "--captions", "{tmp}/absent/c.json"], "there is no folder {tmp}/absent"],
@@ -82,6 +85,9 @@ COMMANDS = [
         "--pairs goes with the task pretrain, vqa, nlvr2 or snli_ve, not with caption",
     ],
     [["{pairs}", "pretrain", "--pairs", "1"], "--pairs 1: give 2 or more"],
+    [["{pairs}", "pretrain", "--pairs", "2", "data.rot=x"], "did you mean data.root?"],  # settings behind an option
+    [["{pairs}", "pretrain", "size=tiny"], "unknown setting 'size': known: model.*, data.*, objectives.*, optim.*, "],
+    [["{pairs}", "retrieval", "--pictures", "2", "--scores", "{tmp}/broken.json"], "as a file is in its way: name an"],
 ]
 
 

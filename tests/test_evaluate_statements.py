@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fine_tuned import damaged_table
 from torch import nn
 
 from meter_fast import evaluate, evaluate_texts
@@ -145,6 +146,115 @@ def test_command_line(scenes, scene_tokenizer, task_model, task, task_run, tmp_p
     said = capsys.readouterr().out
     files = ", ".join(TASKS[task].splits["val"])
     assert f"split {task}, val ({files}), 20 {TASKS[task].texts}" in said
+
+
+def predictions(scenes, tokenizer, model: Meter, task: str) -> dict[int, str]:
+    """What the model says of each statement of the held-out table, by number."""
+    module, found, classes = JointLoss(model.eval(), (task,)), {}, TASKS[task].labels
+    with torch.inference_mode():
+        for batch in batches(scenes, tokenizer, task, 16):
+            right = {}
+            for label in range(len(classes)):
+                asked = [dataclasses.replace(alone(batch, n, batch.image_rows[n]), labels=torch.tensor([label]))
+                         for n in range(len(batch))]  # fmt: skip
+                right[label] = [module(one).metrics[task][0].item() for one in asked]
+            for n, sample in enumerate(batch.sample_ids.tolist()):
+                found[sample] = next(classes[label] for label in right if right[label][n])
+    return found
+
+
+def written(file: Path, task: str) -> list[tuple[str, str]]:
+    """Name and label of each statement; NLVR2's as its official script takes a line apart."""
+    if task == "nlvr2":
+        return [tuple(line.strip().split(",")) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(row["statement"], row["prediction"]) for row in rows]
+
+
+def test_submission(scenes, scene_tokenizer, task_model, task, task_run, tmp_path, capsys) -> None:
+    """Every statement once, with what the model says of it; those whose pictures cannot be read with a likely label."""
+    sources = open_statements(task, [f"arrow:{DEV[task]}"], scenes)
+    said, file = predictions(scenes, scene_tokenizer, task_model, task), tmp_path / "file"
+    statements = [sources.read(n) for n in range(len(sources))]
+    names = [f"{one.pair}-{one.number}" if task == "nlvr2" else one.name for one in statements]
+    expected = [(name, said[n]) for n, name in enumerate(names)]
+    assert main(["evaluate", str(task_run), task, "--submission", str(file)]) == 0
+    assert f"{file}: {len(names)} judgements" in capsys.readouterr().out
+    assert [(name, label.lower()) for name, label in written(file, task)] == expected
+    assert len(set(names)) == len(names) and len({label for _, label in expected}) > 1
+    assert {label for _, label in written(file, task)} <= {"True", "False", *TASKS["snli_ve"].labels}
+
+    data = tmp_path / "data"
+    data.mkdir()
+    column = TASKS[task].images[0]
+    damaged_table(scenes / f"{DEV[task]}.arrow", data / f"{DEV[task]}.arrow", (3,), column)
+    lost = [n for n in range(len(sources)) if sources.image_ids([n])[0] == 3]
+    more = [f"data.root={data}", "data.max_bad_share=1", "--submission", str(file), "--json", str(tmp_path / "scores")]
+    assert main(["evaluate", str(task_run), task, *more]) == 0
+    likely = {"nlvr2": "true", "snli_ve": "entailment"}[task]
+    expected = [(name, likely if n in lost else said[n]) for n, name in enumerate(names)]
+    assert [(name, label.lower()) for name, label in written(file, task)] == expected and lost
+    assert f"; {len(lost)} could not be judged, with '{likely}'" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores").read_text())
+    assert scores["submission"]["filled"] == len(lost) and scores["submission"]["statements"] == len(names)
+    assert scores[task]["all"]["count"] == len(names) - len(lost)
+
+
+@pytest.fixture
+def annotated(scenes: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
+    """Annotations of NLVR2's held-out table in which sentences have other numbers than places, and one statement more
+    than the table."""
+    sources = open_statements("nlvr2", ["arrow:nlvr2_dev"], scenes)
+    lines = [{"identifier": f"{one.pair}-{2 * one.number + 1}", "sentence": f" {one.text} ", "label": "True"}
+             for one in map(sources.read, range(len(sources)))]  # fmt: skip
+    lines.insert(2, {"identifier": "dev-900-0-0", "sentence": "of a picture that is lost", "label": "True"})
+    path = tmp_path / "dev.json"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path, lines
+
+
+def test_annotations_name_the_statements(scenes, scene_tokenizer, task_model, task, task_run, annotated, tmp_path):
+    path, lines = annotated
+    command = ["evaluate", str(task_run), task, "--submission", str(tmp_path / "file"), "--annotations", str(path)]
+    if task != "nlvr2":
+        assert main(command) == 2
+        return
+    assert main(command) == 0
+    said = list(predictions(scenes, scene_tokenizer, task_model, task).items())
+    labels = [label for _, label in sorted(said)]
+    labels.insert(2, "true")
+    found = [(name, label.lower()) for name, label in written(tmp_path / "file", task)]
+    assert found == [(line["identifier"], label) for line, label in zip(lines, labels, strict=True)]
+
+
+def test_refusals_of_a_submission(task: str, task_run: Path, annotated, tmp_path: Path, capsys) -> None:
+    path, lines = annotated
+    part, double, odd, torn = (tmp_path / name for name in ("part.json", "double.json", "odd.json", "torn.json"))
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines[:10]))
+    double.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[5]]))
+    odd.write_text('{"identifier": "dev-0-0-0"}\n')
+    torn.write_text('{"identifier": "dev-')
+    table = DEV[task]
+    of_nlvr2 = [
+        (["--annotations", str(part)], "part.json does not have "),
+        (["--annotations", str(double)], f"double.json: {lines[5]['identifier']} is there more than once"),
+        (["--annotations", str(odd)], "odd.json, line 1: no 'sentence'"),
+        (["--annotations", str(torn)], "torn.json line 1: no JSON"),
+        (["--annotations", str(tmp_path / "absent")], "absent: cannot read it (No such file"),
+    ]
+    for more, said in [
+        (["--pairs", "10"], "every statement of the split: leave out --pairs"),
+        ([f"data.val_sources=arrow:{table},arrow:{table}"], "is there more than once"),
+        (["--submission", str(tmp_path)], "is a folder"),
+        (["--submission", str(tmp_path / "absent" / "file")], "there is no folder"),
+        *(of_nlvr2 if task == "nlvr2" else [(["--annotations", str(path)], "goes with the task nlvr2, not with")]),
+    ]:
+        assert main(["evaluate", str(task_run), task, "--submission", str(tmp_path / "file"), *more]) == 2, more
+        assert said in capsys.readouterr().err, more
+        assert not (tmp_path / "file").exists()
+    if task == "nlvr2":
+        assert main(["evaluate", str(task_run), task, "--annotations", str(path)]) == 2
+        assert "give --submission FILE, too" in capsys.readouterr().err
 
 
 def test_the_back_end_is_opened_for_all_pictures_of_a_batch(task, task_run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meter_fast.training.monitor import (
@@ -17,6 +19,7 @@ from meter_fast.training.monitor import (
     duration,
     keep_steps_up_to,
     read_metrics,
+    replace_text,
 )
 
 
@@ -254,3 +257,11 @@ def test_summary_names_the_time_and_the_next_command(tmp_path):
     monitor.summary([("export", "runs/x/export")], "meter-fast report runs/x")
     text = stream.getvalue()
     assert "2 min 05 s" in text and text.splitlines()[-1].endswith("meter-fast report runs/x")
+
+
+def test_a_file_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text("before")
+    with full_disk(1000), pytest.raises(OSError, match=r"File too large: .*results.csv"):
+        replace_text(path, "x" * 5000)
+    assert [one.name for one in tmp_path.iterdir()] == ["results.csv"] and path.read_text() == "before"

@@ -198,6 +198,9 @@ def test_lists_and_single_ones(predictor, paths):
         (lambda p, i: p.answer(i, None), "a question is a string, this is NoneType"),
         (lambda p, i: p.answer(i, "is it ?", k=0), "k=0: give 1 to 6"),
         (lambda p, i: p.answer(i, "is it ?", k=7), "k=7: give 1 to 6"),
+        (lambda p, i: p.answer(i, "is it ?", k=2.5), "k=2.5: give 1 to 6"),
+        (lambda p, i: p.answer(i, "is it ?", k="3"), "k='3': give 1 to 6"),
+        (lambda p, i: p.fill(i, "a <mask>", k=None), "k=None: give 1 to"),
         (lambda p, i: p.match([i, "nowhere.png"], "a"), "picture 1 of the list: nowhere.png does not exist"),
         (lambda p, i: p.match(i.parent, "a"), "is a folder"),
         (lambda p, i: p.match(b"", "a"), "0 bytes is no picture that can be read .zero bytes"),
@@ -216,6 +219,13 @@ def test_wrong_calls_explain_themselves(predictor, paths, call, message):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=message):
             call(predictor, paths[0])
+
+
+@pytest.mark.parametrize(("options", "message"), [({"beams": 0}, "beams=0: give"), ({"beams": 1.5}, "beams=1.5: give"),
+                                                  ({"max_length": 0}, "max_length=0: give")])  # fmt: skip
+def test_captions_of_wrong_numbers(writer, paths, options, message):
+    with pytest.raises(ValueError, match=message):
+        writer.caption(paths[0], **options)
 
 
 @pytest.mark.parametrize("task", ["answer", "match", "rank", "fill", "entails", "compare"])
@@ -306,7 +316,11 @@ def test_a_published_checkpoint_needs_a_tokenizer_and_answers(tmp_path, export, 
         ({"answers": ["yes"]}, "answers=the list: 1 answers, the model has 6"),
         ({"answers": "nowhere.json"}, "cannot read nowhere.json"),
         ({"tokenizer": "./nowhere"}, "'./nowhere' does not exist"),
-        ({"batch": 0}, "batch=0: give 1 or more"),
+        ({"batch": 0}, "batch=0: give a whole number, 1 or more"),
+        ({"batch": "4"}, "batch='4': give a whole number, 1 or more"),
+        ({"device": "meta"}, "device='meta' is not one that models run on here: give cpu, cuda"),
+        ({"answers": [1, 2, 3, 4, 5, 6]}, "answers= is a list of texts, label 0 first"),
+        ({"answers": 6}, "answers= is a list of texts, label 0 first"),
     ],
 )
 def test_load_refuses(export, options, message):

@@ -10,19 +10,29 @@ import dataclasses
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from meter_fast.data.batch import Batch
+from meter_fast.data.by_picture import ByPicture
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.loader import SplitLoader
 from meter_fast.data.order import OrderError, permute
 from meter_fast.data.randaugment import RandAugment
-from meter_fast.data.samples import Chosen, DecodeFailed, Prepared, SampleReader
+from meter_fast.data.samples import (
+    BAD_IN_A_ROW,
+    REPLACE,
+    BadDataError,
+    Chosen,
+    DecodeFailed,
+    Prepared,
+    SampleReader,
+    Skip,
+    describe_skips,
+)
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 
@@ -35,7 +45,8 @@ class AboutPictures(ABC):
     """Makes micro-batches. Safe to use from several threads when the image back end is.
 
     replace: put another sample in place of one that cannot be used (training); False leaves it out (evaluation).
-    augment: what pictures undergo (training).
+    augment: what pictures undergo (training). groups: samples are read by group, which are then what `micro_batch` is
+    asked for. Of a group the samples that cannot be used are left out; one without any other is replaced as a whole.
     """
 
     def __init__(
@@ -47,9 +58,10 @@ class AboutPictures(ABC):
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
         augment: RandAugment | None = None,
+        groups: ByPicture | None = None,
     ):
-        self.sources, self.text = sources, text
-        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace, augment)
+        self.sources, self.text, self.groups = sources, text, groups
+        self._reader = SampleReader(sources, images, seed, max_image_pixels, replace and groups is None, augment)
 
     @abstractmethod
     def batch(self, chosen: Sequence[Chosen], rows: torch.Tensor, shared: dict[str, torch.Tensor]) -> Batch:
@@ -57,17 +69,16 @@ class AboutPictures(ABC):
         shared: fields that all these batches have."""
 
     def micro_batch(self, samples: np.ndarray, positions: np.ndarray) -> Prepared:
-        """samples [m] int64 -> the batch of their texts. positions [m]: their step keys the augmentation.
+        """samples [m] int64, of samples or of groups -> the batch of their texts. positions [m]: their step keys the
+        augmentation.
 
         Raises BadDataError after many unusable samples in a row.
         """
-        rows = self.sources.image_ids(samples).tolist()
+        choose = self._one if self.groups is None else self._group
         while True:
-            skips: list[Any] = []
-            tried = [
-                self._reader.usable(index, row, None, skips) for index, row in zip(samples.tolist(), rows, strict=True)
-            ]
-            placed = [(one, int(position)) for one, position in zip(tried, positions, strict=True) if one is not None]
+            skips: list[Skip] = []
+            asked = zip(samples.tolist(), positions.tolist(), strict=True)
+            placed = [(one, position) for number, position in asked for one in choose(number, skips)]
             if not placed:
                 return Prepared(None, skips)
             chosen = [one for one, _ in placed]
@@ -76,7 +87,10 @@ class AboutPictures(ABC):
             found = [[self._place(*one, image, places, distinct) for image in one[0].sample.images] for one in placed]
             try:
                 images = self._reader.decode(*zip(*distinct, strict=True))
-            except DecodeFailed:
+            except DecodeFailed as failed:
+                for (one, _), rows in zip(placed, found, strict=True):
+                    for place in failed.errors.keys() & set(rows):  # of all texts about it, so that it is tried once
+                        self._reader.refuse(one, failed.errors[place])
                 continue
             text_ids, text_mask = self.text.pad(self.text.encode([one.text for one in chosen]))
             shared = {
@@ -87,6 +101,25 @@ class AboutPictures(ABC):
                 "text_rows": text_mask.flatten().nonzero().flatten(),
             }
             return Prepared(self.batch(chosen, torch.tensor(found), shared), skips)
+
+    def _one(self, sample: int, skips: list[Skip]) -> list[Chosen]:
+        """A sample or its replacement; none where it is left out."""
+        found = self._reader.usable(sample, int(self.sources.image_ids(np.array([sample]))[0]), None, skips)
+        return [] if found is None else [found]
+
+    def _group(self, group: int, skips: list[Skip]) -> list[Chosen]:
+        """The samples of a group that can be used, else those of the first group drawn in its place that has some."""
+        assert self.groups is not None
+        begin, candidate = len(skips), group
+        drawn: Iterator[int] | None = None
+        while len(skips) - begin < BAD_IN_A_ROW:
+            found = [one for sample in self.groups.samples(candidate) for one in self._one(sample, skips)]
+            if found:
+                return found
+            drawn = drawn or iter(self._reader.draws(REPLACE, group, len(self.groups)))
+            candidate = next(drawn)
+        bad = skips[begin:]
+        raise BadDataError(describe_skips(f"{len(bad)} samples in a row could not be used", bad))
 
     @staticmethod
     def _place(

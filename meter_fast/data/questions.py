@@ -8,6 +8,7 @@ import torch
 from meter_fast.data.about_pictures import AboutPictures
 from meter_fast.data.answers import AnswersError
 from meter_fast.data.batch import VqaBatch
+from meter_fast.data.by_picture import ByPicture
 from meter_fast.data.image_check import DEFAULT_MAX_PIXELS
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.randaugment import RandAugment
@@ -29,8 +30,9 @@ class QuestionAssembler(AboutPictures):
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
         replace: bool = True,
         augment: RandAugment | None = None,
+        groups: ByPicture | None = None,
     ):
-        super().__init__(sources, text, images, seed, max_image_pixels, replace, augment)
+        super().__init__(sources, text, images, seed, max_image_pixels, replace, augment, groups)
         self.answers = answers
 
     def batch(self, chosen: Sequence[Chosen], rows: torch.Tensor, shared: dict[str, torch.Tensor]) -> VqaBatch:

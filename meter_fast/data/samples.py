@@ -5,7 +5,7 @@ Knows one sample source and one image back end; knows no objective and no batch.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,11 @@ class Chosen:
 
 
 class DecodeFailed(Exception):
-    """Some chosen pictures turned out undecodable (they are noted): choose again."""
+    """Some chosen pictures turned out undecodable (they are noted): choose again. errors: by their places."""
+
+    def __init__(self, errors: Mapping[int, BadImage]):
+        super().__init__(f"{len(errors)} pictures cannot be decoded")
+        self.errors = errors
 
 
 class SampleReader:
@@ -104,9 +108,9 @@ class SampleReader:
                 break
         raise BadDataError(describe_skips(f"{len(row)} samples in a row could not be used", row))
 
-    def draws(self, purpose: int, number: int) -> list[int]:
-        """Samples drawn uniformly for one purpose and one number, attempt after attempt."""
-        drawn = mix((self.seed, purpose, number), np.arange(ATTEMPTS)) % np.uint64(len(self.sources))
+    def draws(self, purpose: int, number: int, of: int | None = None) -> list[int]:
+        """Samples, or numbers below `of`, drawn uniformly for one purpose and one number, attempt after attempt."""
+        drawn = mix((self.seed, purpose, number), np.arange(ATTEMPTS)) % np.uint64(of or len(self.sources))
         return drawn.astype(np.int64).tolist()
 
     def _check(self, index: int, captioned: bool) -> tuple[np.ndarray, str, Any] | Skip:
@@ -122,6 +126,10 @@ class SampleReader:
         except (BadImage, BadCaption) as error:
             return _skip(sample, error)
 
+    def refuse(self, chosen: Chosen, error: BadImage) -> None:
+        """Note that a picture of the sample cannot be decoded: it is not chosen again."""
+        self._undecodable[chosen.index] = _skip(chosen.sample, error)
+
     def decode(self, chosen: Sequence[Chosen], positions: Sequence[int]) -> torch.Tensor:
         """[n,3,S,S]. positions [n]: of the samples in the stream, which with their pictures key the augmentation.
 
@@ -135,16 +143,16 @@ class SampleReader:
         try:
             return self.images.decode(encoded, operations)
         except BatchDecodeError:
-            pictures, failed = [], False
+            pictures, failed = [], {}
             for number, sample in enumerate(chosen):
                 try:
                     own = operations[number] if operations else ()
                     pictures.append(self.images.decode_one(sample.image, own))
                 except BadImage as error:
-                    self._undecodable[sample.index] = _skip(self.sources.read(sample.index), error)
-                    failed = True
+                    self.refuse(sample, error)
+                    failed[number] = error
             if failed:
-                raise DecodeFailed from None
+                raise DecodeFailed(failed) from None
             self.images.host_decoded["picture of a failed batch"] += len(
                 pictures
             )  # the CPU back end could read them all

@@ -37,13 +37,16 @@ class Statement:
 
     images: uint8 [n] each, the encoded pictures, views of the mapped file: one, or of NLVR2 left and right. text: what
     is said of them, of SNLI-VE the hypothesis, stripped; bytes that are not UTF-8 come as lone surrogates. name: file,
-    row and number. label: NLVR2 0 false, 1 true; SNLI-VE 0 contradiction, 1 neutral, 2 entailment.
+    row and number. label: NLVR2 0 false, 1 true; SNLI-VE 0 contradiction, 1 neutral, 2 entailment. pair: of NLVR2 the
+    identifier of the two pictures, None where the table has none. number: of the statement in its row.
     """
 
     images: tuple[np.ndarray, ...]
     text: str
     name: str
     label: int
+    pair: str | None
+    number: int
 
     @property
     def image(self) -> np.ndarray:
@@ -72,13 +75,15 @@ class StatementTask:
 @dataclass(frozen=True)
 class _Read:
     """first [n+1]: where each row's statements start, and where the last ones end. texts: strings, of which statement j
-    counted from the batch's first is number `begin` + `step` * j. labels [n] int8: of all statements."""
+    counted from the batch's first is number `begin` + `step` * j. labels [n] int8: of all statements. pairs: of each
+    row its identifier, where there are any."""
 
     first: np.ndarray
     texts: BinaryColumn
     begin: int
     step: int
     labels: np.ndarray
+    pairs: pa.Array | None = None
 
 
 def _read_nlvr2(table: pa.RecordBatch, where: str) -> _Read:
@@ -91,7 +96,8 @@ def _read_nlvr2(table: pa.RecordBatch, where: str) -> _Read:
     if other:
         raise TableError(f"{where}: an answer is {other[0]!r}, where it should be 'True' or 'False'; write it again")
     labels = pc.equal(said, "True").to_numpy(zero_copy_only=False).astype(np.int8)
-    return _Read(first, texts, int(first[0]), 1, labels)
+    pairs = table.column("identifier") if "identifier" in table.schema.names else None
+    return _Read(first, texts, int(first[0]), 1, labels, pairs)
 
 
 def _read_snli(table: pa.RecordBatch, where: str) -> _Read:
@@ -200,7 +206,9 @@ class ArrowStatements:
         place = int(read.first[row] - read.first[0]) + within
         text = read.texts[read.begin + read.step * place].tobytes().decode("utf-8", "surrogateescape")
         name = f"{self.files[number].name} row {start + row} statement {within}"
-        return Statement(tuple(column[row] for column in images), text.strip(), name, int(read.labels[place]))
+        pair = None if read.pairs is None else read.pairs[row].as_py()
+        shown = tuple(column[row] for column in images)
+        return Statement(shown, text.strip(), name, int(read.labels[place]), pair, within)
 
 
 def open_statements(

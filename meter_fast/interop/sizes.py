@@ -148,7 +148,10 @@ def _heads(given: int | None, width: int, argument: str) -> int:
     if given is not None:
         return given
     if width not in PUBLISHED_HEADS:
-        raise ValueError(f"the number of heads of a {width} wide part does not show in the tensors: pass {argument}=")
+        raise ValueError(
+            f"the number of heads of a {width} wide part does not show in the tensors: pass {argument}=, or make an "
+            f"export with meter-fast convert SRC OUT --{argument.replace('_', '-')} N"
+        )
     return PUBLISHED_HEADS[width]
 
 

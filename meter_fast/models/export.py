@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,20 +63,26 @@ def write_export(
     tokenizer_folder: str | Path | None = None,
     answers: str | None = None,
 ) -> Path:
-    """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced."""
+    """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced.
+    Raises OSError, and leaves nothing, where the disk refuses."""
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    save_file(tensors, hidden / WEIGHTS, metadata={"format": "pt"})
-    (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    if tokenizer_folder is not None:
-        shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
-    if answers is not None:
-        (hidden / ANSWERS).write_text(answers, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    hidden.rename(folder)
+    try:
+        save_file(tensors, hidden / WEIGHTS, metadata={"format": "pt"})
+        (hidden / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        if tokenizer_folder is not None:
+            shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
+        if answers is not None:
+            (hidden / ANSWERS).write_text(answers, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        hidden.rename(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written ({error}): make room there") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
     return folder
 
 
@@ -95,10 +102,17 @@ def load_export(folder: str | Path) -> Meter:
 
 
 def read_inputs(folder: str | Path) -> dict[str, str | int]:
-    """How the pictures and texts of an exported model were prepared: what `save_export` was told, or nothing."""
-    inputs = read_json(Path(folder) / CONFIG).get("inputs", {})
+    """How the pictures and texts of an exported model were prepared: what `save_export` was told, or nothing. Raises
+    ValueError naming the file."""
+    path = Path(folder) / CONFIG
+    inputs = read_json(path).get("inputs", {})
     if not isinstance(inputs, dict):
-        raise ValueError(f'{Path(folder) / CONFIG}: its "inputs" is no object; remove it')
+        raise ValueError(f'{path}: its "inputs" is no object; remove it')
+    length, transform = inputs.get("max_text_length", 3), inputs.get("transform", "")
+    if type(length) is not int or length < 3:
+        raise ValueError(f'{path}: "max_text_length" of its "inputs" is {length!r}, and texts have 3 tokens or more')
+    if not isinstance(transform, str):
+        raise ValueError(f'{path}: "transform" of its "inputs" is {transform!r}, expected clip, imagenet or vit')
     return inputs
 
 

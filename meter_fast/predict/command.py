@@ -3,6 +3,7 @@
 Pictures of a block of rows are read once. The file of results appears complete or not at all.
 """
 
+import os
 import sys
 import warnings
 from argparse import Namespace
@@ -61,6 +62,8 @@ def check_out(out: Path | None, inputs: Sequence[Path]) -> None:
         raise ValueError(f"--out {out}: give a name that ends with .csv or .jsonl")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist: make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: the folder {out.parent} does not allow it: give another one")
     if out.is_dir() or any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
         raise ValueError(f"--out {out} is a folder or the input itself: give another name")
 

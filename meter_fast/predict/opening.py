@@ -52,6 +52,8 @@ def _device(device: str) -> torch.device:
         where = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is no device: give cpu, cuda or cuda:NUMBER") from error
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} is not one that models run on here: give cpu, cuda or cuda:NUMBER")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device}: torch finds no CUDA device here: give device=cpu")
     return where
@@ -105,7 +107,14 @@ def _answers(
         given = folder / ANSWERS
     elif not config.vqa_answers:
         raise ValueError("answers= goes with a model that answers questions, this one has no vqa_head: leave it out")
-    answers = read_answers(given) if isinstance(given, (str, PathLike)) else Answers(tuple(given))
+    if isinstance(given, (str, PathLike)):
+        answers = read_answers(given)
+    elif isinstance(given, Sequence) and all(name is None or isinstance(name, str) for name in given):
+        answers = Answers(tuple(given))
+    else:
+        raise ValueError(
+            "answers= is a list of texts, label 0 first, or a JSON file of one; this one holds other things"
+        )
     if len(answers) != config.vqa_answers:
         said = given if isinstance(given, (str, PathLike)) else "the list"
         raise ValueError(

@@ -78,8 +78,7 @@ class Predictor:
         batch: int = 32,
         name: str = "this model",
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch={batch}: give 1 or more")
+        _check_number("batch", batch, 1)
         self.model, self.tokenizer, self.transform, self.answers = model.eval(), tokenizer, transform, answers
         self.batch, self.name = batch, name
         self._text = TextPipeline(tokenizer, min(max_length, model.config.text.max_length))
@@ -169,6 +168,8 @@ class Predictor:
     def caption(self, image, beams: int = 1, max_length: int = MAX_TEXT_LENGTH) -> str | list[str]:
         """A caption of each picture, of at most max_length tokens. beams: texts that the search keeps; 1 is greedy."""
         self.require("caption")
+        _check_number("beams", beams, 1)
+        _check_number("max_length", max_length, 1)
         single, (images,) = _columns(image=image)
         (numbers,), different, pixels = self._pictures(images)
         said = captions(self.model, self.tokenizer, pixels, different, self.batch, beams, max_length)
@@ -254,6 +255,11 @@ def _columns(**given: object) -> tuple[bool, list[list]]:
     return not lengths, [list(x) if _is_list(x) else [x] * count for x in given.values()]
 
 
-def _check_k(k: int, most: int, of_what: str) -> None:
-    if not 1 <= k <= most:
-        raise ValueError(f"k={k}: give 1 to {most}, the {of_what}")
+def _check_number(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
+
+
+def _check_k(k: object, most: int, of_what: str) -> None:
+    if type(k) is not int or not 1 <= k <= most:
+        raise ValueError(f"k={k!r}: give 1 to {most}, the {of_what}")

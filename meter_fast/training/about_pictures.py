@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from meter_fast.config import RunConfig
 from meter_fast.data.about_pictures import AboutPictures, most_pictures, split_loader
+from meter_fast.data.by_picture import ByPicture
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.loader import TrainingLoader
 from meter_fast.data.order import SampleOrder, micro_slices
@@ -25,11 +26,14 @@ def open_loaders(
     config: RunConfig, world: World, sources: Sources, held_out: Sources | None, tokenizer: PreTrainedTokenizerFast,
     folder: Path, accumulation: int, dtype: torch.dtype,
     assemble: Callable[[Sources, TextPipeline, ImageBackend, bool, RandAugment | None], AboutPictures],
+    groups: ByPicture | None = None,
 ) -> Pairs:  # fmt: skip
     """Order, loader and held-out split. assemble: what makes micro-batches of samples; the last arguments say whether
-    those that cannot be used are replaced, and what pictures undergo. Raises ValueError."""
+    those that cannot be used are replaced, and what pictures undergo. groups: of the training samples, if it is by
+    group that its micro-batches take them. Raises ValueError."""
     data, engine, run = config.data, config.engine, config.run
-    order = SampleOrder(sources.sizes, run.seed, engine.global_batch, sources.weights)
+    drawn = sources if groups is None else groups
+    order = SampleOrder(drawn.sizes, run.seed, engine.global_batch, sources.weights)
     text = TextPipeline(tokenizer, data.max_text_length)
     backend = open_images(config, world, dtype, most_pictures(engine.micro_batch))
     slices = micro_slices(engine.global_batch, world.size, engine.micro_batch, world.rank, accumulation, pairs=False)

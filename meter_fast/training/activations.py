@@ -133,8 +133,14 @@ def largest_batch(config: RunConfig) -> Batch:
     return _pairs(config)
 
 
+def most_texts(config: RunConfig) -> int:
+    """The most texts of a micro-batch."""
+    each = config.data.questions_per_picture if config.data.questions == "by_picture" else 1
+    return config.engine.micro_batch * each
+
+
 def _texts(config: RunConfig) -> dict[str, Tensor]:
-    rows, length = config.engine.micro_batch, config.data.max_text_length
+    rows, length = most_texts(config), config.data.max_text_length
     return {
         "text_ids": torch.full((rows, length), 5),
         "text_mask": torch.ones(rows, length, dtype=torch.bool),
@@ -149,10 +155,10 @@ def _images(config: RunConfig, count: int) -> Tensor:
 
 
 def _questions(config: RunConfig) -> VqaBatch:
-    rows = torch.arange(config.engine.micro_batch)
+    rows, pictures = torch.arange(most_texts(config)), config.engine.micro_batch
     return VqaBatch(
-        images=_images(config, len(rows)),
-        image_rows=rows,
+        images=_images(config, pictures),
+        image_rows=rows % pictures,
         targets=torch.zeros(len(rows), config.model.vqa_answers),
         question_ids=rows,
         **_texts(config),

@@ -42,7 +42,7 @@ def rows(
         ("kernels", _kernels(config, world, model) if isinstance(model, Meter) else ""),
         ("engine", _engine(config)),
         ("memory", memory),
-        ("global batch", _batch(config, engine, world)),
+        ("global batch", _batch(config, engine, world, pairs)),
         ("steps", f"{config.run.max_steps:,}, warm-up {engine.schedule.warmup_steps:,}, starting at {start.step:,}"),
         ("starts from", "\n".join([start.origin, *start.notes])),
         ("data", _coverage(pairs.sources)),
@@ -166,9 +166,12 @@ def _engine(config: RunConfig) -> str:
     return ", ".join(parts)
 
 
-def _batch(config: RunConfig, engine: Engine, world: World) -> str:
+def _batch(config: RunConfig, engine: Engine, world: World, pairs: Pairs) -> str:
     settings = config.engine
     parts = f"{world.size} processes x {settings.micro_batch} x {engine.accumulation} accumulated"
+    if config.data.questions == "by_picture":
+        each = f"{pairs.samples_a_draw:.3g} questions, {config.data.questions_per_picture} at most"
+        return f"{settings.global_batch:,} pictures = {parts}; each with {each}"
     return f"{settings.global_batch:,} pairs = {parts}"
 
 

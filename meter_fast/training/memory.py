@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from meter_fast.config import RunConfig
-from meter_fast.training.activations import Activations, module_without_values, trace_activations
+from meter_fast.training.activations import Activations, module_without_values, most_texts, trace_activations
 from meter_fast.training.engine import DTYPES, deepspeed_config
 from meter_fast.training.layer_decay import layers_above
 from meter_fast.training.optimizer import parameter_groups
@@ -119,6 +119,6 @@ def _logits(config: RunConfig) -> int:
         "mlm": max(1, round(goals.mlm_probability * rows * length)) * words,
         "span_denoising": rows * length * words,
         "caption": rows * length * words,
-        "vqa": rows * config.model.vqa_answers,
+        "vqa": most_texts(config) * config.model.vqa_answers,
     }
     return 4 * max((scores[name] for name in goals.names if name in scores), default=0)

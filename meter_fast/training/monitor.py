@@ -74,13 +74,18 @@ def keep_steps_up_to(path: Path, step: int) -> tuple[int, int]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file complete or not at all: beside it, then one rename."""
+    """Write a file complete or not at all: beside it, then one rename. Raises OSError naming it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk is told without a name
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def last_seconds(path: Path) -> float:
@@ -127,16 +132,16 @@ def _scalars(value: Mapping, prefix: str) -> Iterator[tuple[str, float]]:
 class Monitor:
     """Shows a run as it goes and records it in `run_dir`.
 
-    `total_steps` and `global_batch` (samples a step) give throughput and ETA. `stream` is where people read (standard
+    `total_steps` and `samples` (of a step, on average) give throughput and ETA. `stream` is where people read (standard
     output); on a terminal the progress line is rewritten in place, elsewhere each is a line of its own.
     """
 
     def __init__(
-        self, run_dir: str | Path, total_steps: int, global_batch: int, is_main: bool, stream=None, clock=time.monotonic
+        self, run_dir: str | Path, total_steps: int, samples: float, is_main: bool, stream=None, clock=time.monotonic
     ):
         self.run_dir = Path(run_dir)
         self.total_steps = total_steps
-        self.global_batch = global_batch
+        self.samples = samples
         self.is_main = is_main
         self._stream = sys.stdout if stream is None else stream
         self._in_place = bool(getattr(self._stream, "isatty", lambda: False)())
@@ -311,7 +316,7 @@ class Monitor:
 
     def samples_per_second(self) -> float | None:
         per_step = self.seconds_per_step()
-        return self.global_batch / per_step if per_step else None
+        return self.samples / per_step if per_step else None
 
     def line(self, step: int, losses: Mapping, metrics: Mapping, data_wait_share: float, skipped: Mapping) -> str:
         """The progress line."""
@@ -324,7 +329,7 @@ class Monitor:
             parts.append(f"{name} {value:.3f}{accuracy}")
         per_step = self.seconds_per_step()
         if per_step:
-            parts.append(f"{rate(self.global_batch / per_step)} samples/s")
+            parts.append(f"{rate(self.samples / per_step)} samples/s")
         parts.append(f"data wait {100 * data_wait_share:.0f} %")
         parts.append(f"skipped {sum(skipped.values())}")
         if per_step:

@@ -49,6 +49,14 @@ class Pairs:
     validation: SplitLoader | HeldOutPictures | None
     answers: Answers | None = None  # of visual question answering
 
+    @property
+    def samples_a_draw(self) -> float:
+        """Samples of one place of the global batch, on average: 1, but where they are read by group."""
+        sizes = self.loader.order.sizes
+        shares = self.sources.weights or sizes
+        samples = (share * n / draws for share, n, draws in zip(shares, self.sources.sizes, sizes, strict=True))
+        return sum(samples) / sum(shares)
+
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: how many samples each source has, and the vocabulary."""
         vocabulary = vocabulary_hash(self.tokenizer) if self.tokenizer is not None else ""
@@ -109,8 +117,8 @@ def tokenizer_of_init(init: str) -> Path:
 
 
 def fit_length(config: RunConfig, samples: int) -> RunConfig:
-    """The configuration with run.max_steps in place of run.max_epochs: so many steps that each of `samples` is read
-    that often, the last step filled up from the next pass."""
+    """The configuration with run.max_steps in place of run.max_epochs: so many steps that each of `samples`, or of so
+    many groups of samples, is read that often, the last step filled up from the next pass."""
     if not config.run.max_epochs:
         return config
     steps = max(1, math.ceil(config.run.max_epochs * samples / config.engine.global_batch))

@@ -5,16 +5,17 @@ Knows settings and the data room. Knows nothing of models beyond the number of a
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from meter_fast.config import ConfigError, DataConfig, RunConfig
 from meter_fast.data.answers import Answers, find_answers, read_answers
+from meter_fast.data.by_picture import ByPicture
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.question_tables import open_questions
 from meter_fast.data.questions import QuestionAssembler
+from meter_fast.data.randaugment import RandAugment
 from meter_fast.data.sources import Sources
 from meter_fast.data.text import TextPipeline
 from meter_fast.models.export import ANSWERS
@@ -28,8 +29,19 @@ def open_training_questions(data: DataConfig) -> Sources:
     return open_questions(data.sources, data.root, "train", data.weights or None, answered_only=True)
 
 
+def group_questions(data: DataConfig, sources: Sources) -> ByPicture | None:
+    """The training questions by picture; None where data.questions=single."""
+    return ByPicture(sources, data.questions_per_picture) if data.questions == "by_picture" else None
+
+
+def count_draws(data: DataConfig, sources: Sources) -> int:
+    """What a pass over the training data is counted in: questions, or groups of them."""
+    groups = group_questions(data, sources)
+    return len(sources) if groups is None else len(groups)
+
+
 def fit_answers(config: RunConfig, sources: Sources) -> tuple[RunConfig, Answers]:
-    """The configuration with model.vqa_answers as the data tell, and the label space.
+    """The configuration with model.vqa_answers and data.questions_per_picture as the data tell, and the label space.
 
     Held-out tables name answers, too, as the published label space is one of training and validation. Raises ValueError
     where tables disagree with each other, with model.vqa_answers, or with the label space of run.init.
@@ -48,7 +60,10 @@ def fit_answers(config: RunConfig, sources: Sources) -> tuple[RunConfig, Answers
         known = read_answers(before)
         known.check({label: name for label, name in enumerate(answers.names) if name is not None}, "the data")
         answers = known if len(known) == len(answers) else answers
-    return replace(config, model=replace(config.model, vqa_answers=len(answers))), answers
+    groups = group_questions(data, sources)
+    if groups is not None and data.questions_per_picture == 0:
+        data = replace(data, questions_per_picture=groups.largest)  # the same groups
+    return replace(config, data=data, model=replace(config.model, vqa_answers=len(answers))), answers
 
 
 def open_question_loaders(
@@ -60,8 +75,15 @@ def open_question_loaders(
     assert answers is not None
     held_out = open_questions(data.val_sources, data.root, data.val_split) if data.val_sources else None
 
-    def assemble(asked: Sources, text: TextPipeline, images: ImageBackend, *how: Any) -> QuestionAssembler:
-        return QuestionAssembler(asked, text, images, config.run.seed, len(answers), data.max_image_pixels, *how)
+    groups = group_questions(data, sources)
 
-    made = open_loaders(config, world, sources, held_out, tokenizer, folder, accumulation, dtype, assemble)
+    def assemble(
+        asked: Sources, text: TextPipeline, images: ImageBackend, replaced: bool, augment: RandAugment | None
+    ) -> QuestionAssembler:
+        return QuestionAssembler(
+            asked, text, images, config.run.seed, len(answers), data.max_image_pixels, replaced, augment,
+            groups if asked is sources else None,
+        )  # fmt: skip
+
+    made = open_loaders(config, world, sources, held_out, tokenizer, folder, accumulation, dtype, assemble, groups)
     return replace(made, answers=answers)

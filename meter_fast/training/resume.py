@@ -31,6 +31,7 @@ from meter_fast.training.world import World
 FIXED = (
     "image_tokenizer.",
     "data.sources",
+    "data.questions",
     "data.weights",
     "data.max_text_length",
     "engine.global_batch",

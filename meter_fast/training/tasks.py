@@ -23,7 +23,7 @@ from meter_fast.objectives.reconstruction import score_reconstructions
 from meter_fast.score_retrieval import score_held_out
 from meter_fast.training.masked_images import fit_heads
 from meter_fast.training.pairs import Pairs, open_pairs, open_training_sources
-from meter_fast.training.questions import fit_answers, open_question_loaders, open_training_questions
+from meter_fast.training.questions import count_draws, fit_answers, open_question_loaders, open_training_questions
 from meter_fast.training.ranking import open_ranked_pairs
 from meter_fast.training.statements import open_statement_loaders, open_training_statements
 from meter_fast.training.tokenizing import (
@@ -68,6 +68,7 @@ class Task:
     if the task has any. open_data: loaders of this process. loss: what a held-out score is chosen by, lower is better.
     next_command: what to do with the run directory afterwards. reads_text: whether there is a text tokenizer.
 
+    draws: places of global batches that a pass over the training data takes: one a sample, or one a group of them.
     make: the model. module: what the engine runs, with the model as `model`. score: held-out scores of that module.
     write: the export folder. show: a picture for TensorBoard, where it is not a caption filled in. parameter_name: what
     the optimizer's groups are decided on.
@@ -79,6 +80,7 @@ class Task:
     loss: Callable[[Scores], float]
     next_command: str
     reads_text: bool = True
+    draws: Callable[[DataConfig, Sources], int] = lambda data, sources: len(sources)
     make: Callable[[RunConfig, bool], nn.Module] = make_meter
     module: Callable[[nn.Module, RunConfig], nn.Module] = joint_loss
     score: Callable[..., Scores] = evaluate_pretraining
@@ -117,6 +119,7 @@ TASKS = {
         open_data=open_question_loaders,
         loss=lambda scores: -scores["vqa"]["accuracy"],  # the published choice (METER, val/the_metric)
         next_command="meter-fast evaluate {run} vqa",
+        draws=count_draws,
     ),
     "retrieval": Task(
         open_sources=open_training_sources,

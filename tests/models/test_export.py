@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from safetensors.torch import load_file, save_file
 
+from meter_fast.convert import to_checkpoint
 from meter_fast.models.config import tiny
-from meter_fast.models.export import load_export, save_export
+from meter_fast.models.export import load_export, read_inputs, save_export
 from meter_fast.models.meter import Meter
 
 
@@ -74,6 +76,17 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"version 2, this program reads version 1"):
         load_export(later)
 
+    for number, (inputs, said) in enumerate([
+        ([], r'its "inputs" is no object'),
+        ({"max_text_length": "x"}, r'"max_text_length" of its "inputs" is \'x\''),
+        ({"max_text_length": -3}, r"is -3, and texts have 3 tokens or more"),
+        ({"transform": 1}, r'"transform" of its "inputs" is 1, expected clip'),
+    ]):  # fmt: skip
+        told = broken(f"inputs-{number}")
+        (told / "config.json").write_text(json.dumps(content | {"inputs": inputs}))
+        with pytest.raises(ValueError, match=f"inputs-{number}/config.json: .*{said}"):
+            read_inputs(told)
+
     unknown = broken("unknown")
     content["model"]["vision"]["colour"] = 1
     (unknown / "config.json").write_text(json.dumps(content))
@@ -96,3 +109,16 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"tokenizer folder .*absent does not exist"):
         save_export(load_export(folder), tmp_path / "more", tmp_path / "absent")
+
+
+def test_a_full_disk_leaves_what_was_there(model: Meter, tmp_path: Path) -> None:
+    """Of an export, which would have been replaced, and of nothing."""
+    folder = save_export(model, tmp_path / "old", None)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for place in (folder, tmp_path / "new"):
+        with full_disk(5000), pytest.raises(OSError, match=rf"{place.name} could not be written .*: make room there"):
+            save_export(model, place, None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with full_disk(5000), pytest.raises(OSError, match=r"x.ckpt could not be written .*: make room there"):
+        to_checkpoint(folder, tmp_path / "x.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -193,6 +193,18 @@ def test_files_that_cannot_be_read(
     assert not (tmp_path / "attacked.txt").exists()
 
 
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In an archive as torch writes it, whose check sums torch itself does not look at."""
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    assert read_tensors(path)["a"].shape == (1000,)
+    content[content.index(bytes(2000)) + 500] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights.pt is damaged: weights/data/0 in it does not have its"):
+        read_tensors(path)
+
+
 def text_config(kind: str, weights: Path) -> TextConfig:
     roberta = kind == "roberta"
     return TextConfig(

@@ -15,7 +15,7 @@ from meter_fast.data.batch import VqaBatch
 from meter_fast.interop import from_meter, to_meter
 from meter_fast.models.heads import AnswerHead
 from meter_fast.models.meter import Meter
-from meter_fast.objectives.joint import JointLoss
+from meter_fast.objectives.joint import JointLoss, counts_of, shares
 from meter_fast.objectives.vqa import answer_scores
 
 VQA = "vqa_classifier."
@@ -124,6 +124,31 @@ def test_totals_divide_a_step() -> None:
         fields = {name: value[rows] for name, value in vars(batch).items() if name not in ("images", "text_rows")}
         parts.append(JointLoss(model, ("vqa",))(VqaBatch(batch.images, **fields), {"vqa": 3.0}).loss.item())
     assert sum(parts) / 2 == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("fusion", ["co_attention", "merged_attention"])
+def test_whole_pictures_divide_a_step(fusion: str) -> None:
+    """Micro-batches of one picture with two questions and of three with four, each picture encoded once: loss and all
+    gradients of the step in which every question brings its own."""
+    model, batch = small_vqa_model(fusion=fusion).double(), small_vqa_batch().to("cpu", torch.float64)
+    found = []
+    alone = replace(batch, images=batch.images[batch.image_rows], image_rows=torch.arange(6))
+    parts = []
+    for rows, pictures in ((slice(0, 2), slice(0, 1)), (slice(2, 6), slice(1, 4))):
+        fields = {name: value[rows] for name, value in vars(batch).items() if name not in ("images", "text_rows")}
+        fields["image_rows"] = fields["image_rows"] - pictures.start
+        parts.append(VqaBatch(batch.images[pictures], **fields))
+    for micro_batches in ([alone], parts):
+        model.zero_grad()
+        totals = shares(counts_of(("vqa",), micro_batches), len(micro_batches))
+        losses = [JointLoss(model, ("vqa",))(one, totals).loss / len(micro_batches) for one in micro_batches]
+        torch.stack(losses).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((sum(losses).item(), grads))
+    (plain, expected), (grouped, grads) = found
+    assert grouped == pytest.approx(plain, rel=1e-6) and grads.keys() == expected.keys() and len(grads) > 50
+    for name, grad in grads.items():  # the loss is in float32
+        assert torch.allclose(grad, expected[name], rtol=1e-5, atol=1e-8), name
 
 
 def test_bfloat16_keeps_targets_and_loss_in_float32() -> None:

@@ -22,6 +22,8 @@ SMALL = ["engine.global_batch=6", "engine.micro_batch=6", "data.max_text_length=
 CASES = {
     "pre-training": ["pretrain"],
     "questions": ["vqa", "model.vqa_answers=500", "run.max_epochs=0", "model.vision.image_size=192"],
+    "pictures with questions": ["vqa", "model.vqa_answers=500", "run.max_epochs=0", "data.questions=by_picture",
+                                "data.questions_per_picture=3"],
     "statements": ["nlvr2", "run.max_epochs=0"],
     "hypotheses": ["snli_ve", "run.max_epochs=0"],
     "retrieval": ["retrieval_coco", "run.max_epochs=0"],

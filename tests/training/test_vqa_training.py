@@ -12,7 +12,7 @@ import torch
 from golden_cases import GOLDEN, load_case
 from PIL import Image
 from ranks import RankServer
-from small_run import MODEL, WORDS, assert_same_bits, samples, settings, tensors
+from small_run import MODEL, WORDS, assert_same_bits, losses, samples, settings, tensors, worst
 
 import meter_fast
 from meter_fast.config import ConfigError, RunConfig, RunOptions
@@ -26,6 +26,7 @@ from meter_fast.training.questions import fit_answers, open_training_questions
 from meter_fast.training.resume import Start, load_weights
 
 ANSWERS = ["yes", "no", "red", "two"]
+PICTURE_OF = [n // 3 for n in range(60) if n % 5]  # of each answered question of training
 CASES = [
     {"task": "vqa", "zero": zero, "dtype": dtype, "accumulation": accumulation, "layer_decay": decay}
     for zero, dtype, accumulation, decay in [
@@ -157,6 +158,31 @@ def test_resumed_on_another_number_of_processes(ranks: RankServer, vqa_data: Pat
     assert late == {step: seen[step] for step in range(8, 12)}
 
 
+def test_questions_by_picture_on_any_division(ranks: RankServer, vqa_data: Path, tmp_path: Path):
+    """Two passes in five steps of eight whole pictures: with accumulation, on two processes, stopped and gone on with,
+    the same questions in the same order and the same losses; each question once in a pass."""
+    chosen = asked(
+        vqa_data, "engine.dtype=fp32", "data.questions=by_picture", "data.questions_per_picture=0", "run.eval_every=0",
+        "run.save_every=2", "data.augment=randaugment",
+    )  # fmt: skip
+    one, two, moved = tmp_path / "one", tmp_path / "two", tmp_path / "moved"
+    ended = train_vqa(ranks, 1, one, chosen).check()
+    assert "8 pictures = 1 processes x 4 x 2 accumulated; each with 2.4 questions, 3 at most" in ended.logs[0]
+    train_vqa(ranks, 2, two, [*chosen, "engine.micro_batch=1"]).check()
+    train_vqa(ranks, 2, moved, chosen, "workers:train_until", end=2).check(75)
+    (moved / "samples-0.jsonl").unlink()
+    train_vqa(ranks, 1, moved, [*chosen, "engine.micro_batch=2"]).check()
+    seen, found = samples(one, 1), losses(one)
+    assert list(seen) == list(range(5)) and sorted(i for s in seen for i in seen[s]) == sorted([*range(48)] * 2)
+    for step, numbers in seen.items():
+        pictures = [PICTURE_OF[i] for i in numbers]
+        assert all(pictures.count(p) in (PICTURE_OF.count(p), 2 * PICTURE_OF.count(p)) for p in pictures), step
+    assert samples(two, 2) == seen and {s: samples(moved, 1)[s] for s in range(2, 5)} == {s: seen[s] for s in (2, 3, 4)}
+    assert worst(losses(two), found) < 1e-5 and worst(losses(moved), found) < 1e-5
+    ended = train_vqa(ranks, 1, moved, [*chosen, "data.questions=single"]).check(2)
+    assert "is of another run: data.questions: by_picture -> single" in ended.logs[0]
+
+
 def test_refusals_of_questions_say_why(ranks: RankServer, vqa_data: Path, pretrained: Path, tmp_path: Path):
     """Each ends with code 2, one message, no stack, before anything is trained."""
     (tmp_path / "answers.json").write_text('["yes", "no"]')
@@ -256,6 +282,9 @@ def test_groups_of_the_full_size_model_are_the_published_ones() -> None:
         (["vqa", "model.vqa_answers=-1"], r"vqa_answers=-1: 0 \(no head\)"),
         (["vqa", "published=yes"], r"published=yes: one of true, false"),
         (["pretrain", "run.max_epochs=-1"], r"run.max_epochs"),
+        (["pretrain", "data.questions=by_picture"], r"data.questions=by_picture: only vqa reads questions"),
+        (["vqa", "data.questions=grouped"], r"data.questions=grouped: one of single, by_picture"),
+        (["vqa", "data.questions_per_picture=-1"], r"data.questions_per_picture=-1: 1 or more, or 0 for all"),
     ],
 )
 def test_settings_that_contradict(command: list[str], said: str) -> None:

@@ -173,9 +173,14 @@ def nlvr2(raw: Path, splits: Sequence[str]) -> Plan:
         path = first_of(raw, f"nlvr2/data/{inner}{split}.json", f"nlvr/nlvr2/data/{inner}{split}.json")
         said: dict[str, list[tuple[str, str]]] = {}
         folder_of: dict[str, Path] = {}
+        seen: set[str] = set()
         for number, entry in lines(path):
             place = f"line {number}"
-            pair, _, _ = str(field_of(entry, "identifier", path, place)).rpartition("-")
+            identifier = str(field_of(entry, "identifier", path, place))
+            if identifier in seen:
+                raise PrepareError(f"{path}, {place}: {identifier} is there before; download the file again")
+            seen.add(identifier)
+            pair, _, _ = identifier.rpartition("-")
             label = str(field_of(entry, "label", path, place))
             if label not in ("True", "False"):
                 raise PrepareError(f"{path}, {place}: label {label!r}, expected True or False")

@@ -47,7 +47,10 @@ def carry_out(
     budgets = {split: _Budget(plan, split, max_missing, option) for split in plan.wanted}
     for budget in budgets.values():
         budget.check()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise PrepareError(f"{out} cannot be a folder, as a file is in its way: name another one") from None
     run = _Run(plan, out)
     run.check_files()
     todo = [table for table in plan.tables if not run.finished(table.name)]

@@ -143,6 +143,7 @@ def test_labels_of_statements_and_hypotheses_are_checked(tmp_path):
         (["--names", "coco"], "no table coco_caption"),
         (["--names", "shards:*.tar"], "no *.tar"),
         (["--max-bad-share", "-1"], "give a share from 0 to 1"),
+        (["--json", "/no/such/folder/report.json"], "there is no folder /no/such/folder"),
     ],
 )
 def test_wrong_arguments_are_named(broken, options, message, capsys):

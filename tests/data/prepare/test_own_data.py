@@ -231,3 +231,7 @@ def test_options_of_questions_are_refused_for_captions(tmp_path, capsys):
     assert "go with vqa" in capsys.readouterr().err
     assert run("captions", tmp_path, tmp_path / "out", "--name", "../mine") == 2
     assert "--name '../mine'" in capsys.readouterr().err
+    assert run("captions", tmp_path, tmp_path / "mine.csv") == 2
+    assert "mine.csv cannot be a folder, as a file is in its way" in capsys.readouterr().err
+    assert run("vqa", tmp_path, tmp_path / "out", "--min-count", "0") == 2
+    assert "--min-count 0: give 1 or more" in capsys.readouterr().err

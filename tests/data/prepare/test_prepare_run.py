@@ -236,6 +236,15 @@ def test_wrong_annotations_are_named(tmp_path, capsys, change, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_a_statement_that_is_there_twice_is_named(tmp_path, capsys):
+    MAKERS["nlvr2"](tmp_path / "raw")
+    path = tmp_path / "raw" / "nlvr2" / "data" / "dev.json"
+    path.write_bytes(2 * path.read_bytes())
+    assert prepare("nlvr2", tmp_path / "raw", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "data/dev.json, line 5: dev-0-0-0 is there before" in error and error.count("\n") == 1
+
+
 def test_wrong_arguments_are_named(tmp_path, capsys):
     for options, message in (
         (["--splits", "train,testing"], "coco has no split 'testing': choose train, val, restval, test"),
