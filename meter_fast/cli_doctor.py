@@ -23,7 +23,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "--port", type=int, default=MASTER_PORT, metavar="N", help=f"master port (default {MASTER_PORT})"
     )
     doctor.add_argument(
-        "--seconds", type=float, default=60.0, metavar="S", help="for each group of probes (default 60)"
+        "--seconds", type=float, default=120.0, metavar="S", help="for each group of probes (default 120)"
     )
     doctor.add_argument("--only", default="", metavar="A,B", help="of versions, devices, backends, compilers, limits, "
                         "network, gloo, disks (default: all)")  # fmt: skip

@@ -98,11 +98,11 @@ def ninja(asked: Asked) -> Iterator[Finding]:
 
 def offload(asked: Asked) -> Iterator[Finding]:
     """engine.offload=cpu: the optimizer is this package's, in torch; DeepSpeed takes it only if it is told to."""
-    from meter_fast.training.engine import deepspeed_config
-
     config = resolve(asked.command)
     if config.engine.offload != "cpu":
         return
+    from meter_fast.training.engine import deepspeed_config
+
     settings = deepspeed_config(config, asked.world or asked.processes)
     if settings.get("zero_force_ds_cpu_optimizer", True):
         yield Finding("offload", "fails", f"{config.engine.ds_config} lets DeepSpeed insist on its CPUAdam",
@@ -130,13 +130,12 @@ def caches(asked: Asked) -> Iterator[Finding]:
 def _triton(asked: Asked) -> str:
     """Why Triton will compile in this run; "" if it will not."""
     import torch
-    from deepspeed.accelerator import get_accelerator
 
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return ""
     from meter_fast.models.meter import settle
 
     config = resolve(asked.command)
-    if not torch.cuda.is_available() or get_accelerator().device_name() != "cuda":
-        return ""
     chosen = settle(config.kernels, config.model)
     wanted = "triton" in (chosen.cross_attention, chosen.mlm_loss, chosen.residual_norm, chosen.gelu)
     return "Triton compiles its kernels with it" if wanted else ""

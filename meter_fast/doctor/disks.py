@@ -102,8 +102,8 @@ def data_root(asked: Asked) -> Iterator[Finding]:
     files = sorted(path for path in root.iterdir() if path.suffix in (".arrow", ".tar"))
     sizes = {path: path.stat().st_size for path in files}
     if not sum(sizes.values()):
-        yield Finding("data", "remark", f"{root} holds no .arrow or .tar files with content", "meter-fast data prepare or import; "
-                      "for shards elsewhere data.sources names them", "fails")  # fmt: skip
+        remedy = "meter-fast data prepare or import; data.sources may name shards elsewhere"
+        yield Finding("data", "remark", f"{root} has no .arrow or .tar files with content", remedy, "fails")
         return
     listed = hashlib.sha256(repr([(path.name, size) for path, size in sizes.items()]).encode()).hexdigest()[:8]
     yield fine("data", f"{len(files):,} files, {amount(sum(sizes.values()))}, names and sizes {listed}", "fails")
