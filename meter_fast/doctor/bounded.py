@@ -7,6 +7,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+GRACE = 2.0  # seconds for what has been killed to go
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,22 +49,25 @@ async def ask(
                 process.stdin.write(said)
                 process.stdin.close()
         _, waiting = await asyncio.wait(parts, timeout=seconds)
+        if waiting:
+            await end(process)
+            await asyncio.wait(parts, timeout=GRACE)
     except BaseException:
-        kill(process)
+        await end(process)
         raise
     finally:
         for part in parts:
             part.cancel()
-    if waiting:
-        kill(process)
     code = None if waiting else process.returncode
     return Answer(code, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
-def kill(process: asyncio.subprocess.Process) -> None:
-    """End a process that was started in a session of its own, and what it has started."""
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Kill a process that was started in a session of its own, with what it has started, and give it a moment to go."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(process.wait(), GRACE)
 
 
 async def _collect(stream: asyncio.StreamReader, into: bytearray) -> None:

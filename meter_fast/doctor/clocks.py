@@ -1,11 +1,12 @@
 """How far the clock of another machine is from this one's. It is asked several times; the quickest answer counts."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meter_fast.doctor.bounded import kill
+from meter_fast.doctor.bounded import end
 
 ROUNDS = 5
 SCRIPT = "while read question; do date +%s.%N; done"
@@ -37,19 +38,21 @@ async def compare(words: Sequence[str], seconds: float) -> Clock:
     )  # fmt: skip
     try:
         return await asyncio.wait_for(_rounds(process), seconds)
-    except (asyncio.TimeoutError, ConnectionError):
+    except asyncio.TimeoutError:
         raise NoAnswer(f"no answer within {seconds:g} s") from None
     finally:
+        process.stdin.close()
         if process.returncode is None:
-            kill(process)
+            await end(process)
 
 
 async def _rounds(process: asyncio.subprocess.Process) -> Clock:
     best = None
     for _ in range(ROUNDS):
         asked = time.time()
-        process.stdin.write(b"?\n")
-        await process.stdin.drain()
+        with contextlib.suppress(ConnectionError):  # it has ended, and its errors tell why
+            process.stdin.write(b"?\n")
+            await process.stdin.drain()
         line = (await process.stdout.readline()).decode(errors="replace").strip()
         answered = time.time()
         if not line:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from meter_fast.doctor import hosts, local, marker
-from meter_fast.doctor.bounded import ask, kill
+from meter_fast.doctor.bounded import ask, end
 from meter_fast.doctor.finding import Asked, Finding, Report, unknown
 from meter_fast.doctor.page import area_lines, verdict
 
@@ -93,4 +93,4 @@ async def _marker(asked: Asked):
         try:
             await asyncio.wait_for(process.wait(), marker.SECONDS)
         except asyncio.TimeoutError:
-            kill(process)
+            await end(process)

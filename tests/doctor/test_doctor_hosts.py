@@ -1,0 +1,199 @@
+"""Hosts that are asked over a stand-in for ssh, which runs what it is given on this machine: the protocol is the real
+one. What goes wrong with a host is told by the host's name there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from asking import stand_ins
+
+from meter_fast.doctor.finding import Finding, Report
+from meter_fast.doctor.hostfile import wrong_line
+from meter_fast.doctor.hosts import clock_finding, differences, line_for, ssh
+from meter_fast.doctor.network import free_port
+
+
+class Ran:
+    """One run of the command: exit code, output and what --json has written."""
+
+    def __init__(self, tmp_path, hosts: str, *options: str, env: dict[str, str] | None = None) -> None:
+        hostfile, out = tmp_path / "hostfile", tmp_path / "out.json"
+        hostfile.write_text(hosts)
+        words = [
+            sys.executable,
+            "-m",
+            "meter_fast.cli",
+            "doctor",
+            "pretrain",
+            "size=tiny",
+            f"run.dir={tmp_path / 'run'}",
+        ]
+        words += ["--hostfile", str(hostfile), "--json", str(out), "--port", str(free_port()), *options]
+        variables = {**os.environ, **(stand_ins(tmp_path / "stand-in") if env is None else env)}
+        done = subprocess.run(words, capture_output=True, text=True, env=variables)
+        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+        self.json = json.loads(out.read_text()) if out.is_file() else None
+
+    def reached(self, host: str) -> dict[str, dict]:
+        """What was found about reaching a host, by name."""
+        return {one["name"]: one for one in self.json["hosts"][host]["reached"]}
+
+    def between(self) -> dict[str, dict]:
+        return {one["name"]: one for one in self.json["between"]}
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Ran:
+    """Hosts of all kinds, asked for what is quick."""
+    hosts = ("one", "slow", "denied", "unknown", "hanging", "talking", "ahead", "dead", "mute", "older")
+    text = "# a comment\n\n" + "".join(f"{host} slots=1\n" for host in hosts)
+    return Ran(tmp_path_factory.mktemp("several"), text, "--only", "versions", "--seconds", "25")
+
+
+def test_exit_code_and_verdict(several):
+    assert several.code == 1 and several.json["verdict"] == "fails", several.out + several.err
+    assert "will fail" in several.out.splitlines()[-1] and list(several.json["hosts"])[:2] == ["one", "slow"]
+
+
+@pytest.mark.parametrize("host", ["one", "slow", "ahead", "older"])
+def test_hosts_that_answer_are_reported(several, host):
+    assert several.reached(host)["ssh"]["level"] == "fine"
+    names = [one["name"] for one in several.json["hosts"][host]["areas"]["versions"]]
+    assert names[:2] == ["meter_fast", "python"]
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "says", "remedy"),
+    [
+        ("denied", "ssh", "Permission denied", "ssh-copy-id denied"),
+        ("unknown", "ssh", "Host key verification failed", "ssh-keyscan -H unknown"),
+        ("hanging", "ssh", "no answer within 25 s", "firewall"),
+        ("talking", "ssh", "Welcome!", "ssh talking"),
+        ("dead", "doctor", "exit code", "same path on every host"),
+        ("mute", "doctor", "cannot be read", "the same meter_fast"),
+    ],
+)
+def test_hosts_that_do_not_answer_are_named_with_the_cause(several, host, name, says, remedy):
+    one = several.reached(host)[name]
+    assert one["level"] == "fails" and says in one["value"] and remedy in one["remedy"]
+    assert several.json["hosts"][host]["areas"] == {}
+
+
+def test_a_clock_that_is_ahead(several):
+    assert several.reached("one")["clock"]["level"] == several.reached("slow")["clock"]["level"] == "fine"
+    ahead = several.reached("ahead")["clock"]
+    assert ahead["level"] == "fails" and "ahead" in ahead["value"] and "chrony" in ahead["remedy"]
+
+
+def test_another_version_on_one_host_is_named(several):
+    one = several.between()["versions: torch"]
+    assert one["level"] == "fails" and "older: 2.1.0" in one["value"] and "one, slow, ahead: " in one["value"]
+    assert list(several.between()) == ["versions: torch"]
+    assert "older: 2.1.0" in several.out
+
+
+def test_hosts_that_agree_and_meet(tmp_path):
+    ran = Ran(tmp_path, "one slots=1\ntwo slots=1\n", "--only", "gloo", env=stand_ins(tmp_path / "s"))
+    assert ran.code == 0, ran.out + ran.err
+    assert ran.between()["gloo"]["level"] == "fine" and "each of 2 hosts" in ran.between()["gloo"]["value"]
+
+
+def test_the_run_directory_is_the_same_and_the_marker_goes(tmp_path):
+    ran = Ran(tmp_path, "one slots=2\n", "--only", "disks")
+    assert ran.code == 0, ran.out + ran.err
+    by_name = {one["name"]: one for one in ran.json["hosts"]["one"]["areas"]["disks"]}
+    assert by_name["shared run directory"]["level"] == "fine"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".meter-fast")]
+
+
+def test_programs_that_are_missing_here(tmp_path):
+    env = stand_ins(tmp_path / "s")
+    for name in ("ssh", "pdsh"):
+        os.remove(tmp_path / "s" / "bin" / name)
+    python_alone = tmp_path / "empty"
+    python_alone.mkdir()
+    ran = Ran(tmp_path, "one slots=1\ntwo slots=1\n", "--only", "limits", env={**env, "PATH": str(python_alone)})
+    by_name = {one["name"]: one for one in ran.json["here"]["areas"]["launcher"]}
+    assert ran.code == 1 and by_name["ssh"]["level"] == by_name["pdsh"]["level"] == "fails"
+    assert "apt install pdsh" in by_name["pdsh"]["remedy"] and ran.reached("one")["ssh"]["level"] == "fails"
+
+
+def test_variables_travel_as_the_launcher_sends_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=nosuch0\nnonsense\n")
+    ran = Ran(tmp_path, "one slots=1\n", "--only", "network", env=stand_ins(tmp_path / "s") | {"OMP_NUM_THREADS": "1"})
+    here = {one["name"]: one for one in ran.json["here"]["areas"]["launcher"]}
+    there = {one["name"]: one for one in ran.json["hosts"]["one"]["areas"]["network"]}
+    assert there["GLOO_SOCKET_IFNAME"]["level"] == "fails"  # it has arrived
+    assert here[".deepspeed_env"]["level"] == "fails" and "line 2" in here[".deepspeed_env"]["value"]
+    assert "OMP_NUM_THREADS" in here["variables that stay"]["value"] and ran.code == 1
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh")
+def test_a_host_that_is_not_there(tmp_path):
+    ran = Ran(tmp_path, "192.0.2.1 slots=8\n", "--only", "versions", "--seconds", "20", env={})
+    one = ran.reached("192.0.2.1")["ssh"]
+    assert ran.code == 1 and one["level"] == "fails" and one["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("one slots=1\n# fine\ntwo slots=many\n", "line 3: 'two slots=many'"),
+        ("one\n", "line 1: 'one'"),
+        ("one slots=1\ntwo slots=1\none slots=2\n", "line 3: 'one slots=2'"),
+        ("# nobody\n", "empty"),
+    ],
+)
+def test_a_hostfile_with_a_bad_line(tmp_path, text, says):
+    ran = Ran(tmp_path, text, "--only", "versions")
+    assert ran.code == 2 and says in ran.err and "NAME slots=N" in ran.err and ran.err.count("\n") == 1
+    assert ran.json is None and not ran.out
+
+
+def test_a_hostfile_that_is_not_there(tmp_path):
+    words = [sys.executable, "-m", "meter_fast.cli", "doctor", "--hostfile", str(tmp_path / "none")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no such file" in done.stderr
+
+
+def test_which_line():
+    lines = ["a slots=1", "", "aa slots=1", "a slots=2"]
+    assert wrong_line(lines, "Hostfile contains multiple entries for a, unable to proceed with launching") == 4
+    assert wrong_line(lines, "something else") == 0
+
+
+@pytest.mark.parametrize(
+    ("skew", "level"), [(0.0, "fine"), (0.4, "fine"), (-2.0, "remark"), (2.0, "remark"), (-50.0, "fails")]
+)
+def test_clocks(skew, level):
+    assert clock_finding(skew, 0.01).level == level
+
+
+def test_differences_are_named_with_their_hosts():
+    def report(version: str, cores: str) -> Report:
+        return Report({"versions": [Finding("torch", "fine", version, across="fails")],
+                       "limits": [Finding("cores", "fine", cores)]})  # fmt: skip
+
+    reports = {"a": report("2.14", "8"), "b": report("2.14", "16"), "c": report("2.6", "8")}
+    assert differences(reports) == [
+        Finding("versions: torch", "fails", "a, b: 2.14; c: 2.6", "make it the same on all hosts")
+    ]
+    reports["c"] = Report({"versions": []})
+    assert differences(reports)[0].value == "a, b: 2.14; c: nothing"
+    assert [one.level for one in differences({"a": reports["a"], "b": reports["b"]})] == ["fine"]
+
+
+def test_the_command_line_is_quoted_and_ssh_is_told_what_pdsh_is(monkeypatch, tmp_path):
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    code = "import os; print(os.getcwd(), os.environ['SENT'])"
+    line = line_for([sys.executable, "-c", code], {"SENT": "1; 'rm'"})
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, cwd="/")
+    assert done.stdout == f"{tmp_path / 'a b'} 1; 'rm'\n"
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F '/a b/config'")
+    assert ssh("node", 3)[:3] == ["ssh", "-F", "/a b/config"] and "BatchMode=yes" in ssh("node", 3)
+    assert "ConnectTimeout=3" in ssh("node", 3)[-2] and ssh("node", 3)[-1] == "node"
