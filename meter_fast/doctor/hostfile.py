@@ -9,7 +9,6 @@ from pathlib import Path
 def read(path: Path) -> dict[str, int]:
     """Slots of each host, in order. Raises ValueError with the line that is wrong, OSError where there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    logging.disable(logging.ERROR)  # DeepSpeed logs what it raises
     from deepspeed.launcher.runner import fetch_hostfile
 
     try:
@@ -37,6 +36,7 @@ def wrong_line(lines: list[str], error: str) -> int:
 
 def main(argv: list[str]) -> int:
     """Print the hosts as JSON, or the error with exit code 2."""
+    logging.disable(logging.ERROR)  # DeepSpeed logs what it raises
     try:
         hosts = read(Path(argv[0]))
     except (ValueError, OSError) as error:

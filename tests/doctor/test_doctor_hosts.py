@@ -1,6 +1,7 @@
 """Hosts that are asked over a stand-in for ssh, which runs what it is given on this machine: the protocol is the real
 one. What goes wrong with a host is told by the host's name there."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -8,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from asking import stand_ins
+from asking import asked, stand_ins
 
+from meter_fast.doctor import launcher
+from meter_fast.doctor.command import _marker
 from meter_fast.doctor.finding import Finding, Report
-from meter_fast.doctor.hostfile import wrong_line
-from meter_fast.doctor.hosts import clock_finding, differences, line_for, ssh
+from meter_fast.doctor.hostfile import read, wrong_line
+from meter_fast.doctor.hosts import clock_finding, differences, line_for, look, ssh
 from meter_fast.doctor.network import free_port
 
 
@@ -96,68 +99,88 @@ def test_another_version_on_one_host_is_named(several):
 
 
 def test_hosts_that_agree_and_meet(tmp_path):
-    ran = Ran(tmp_path, "one slots=1\ntwo slots=1\n", "--only", "gloo", env=stand_ins(tmp_path / "s"))
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "coco.arrow").write_bytes(bytes(1 << 20))
+    ran = Ran(tmp_path, "one slots=1\ntwo slots=1\n", "--only", "gloo,disks", "--data-root", str(data))
     assert ran.code == 0, ran.out + ran.err
     assert ran.between()["gloo"]["level"] == "fine" and "each of 2 hosts" in ran.between()["gloo"]["value"]
-
-
-def test_the_run_directory_is_the_same_and_the_marker_goes(tmp_path):
-    ran = Ran(tmp_path, "one slots=2\n", "--only", "disks")
-    assert ran.code == 0, ran.out + ran.err
-    by_name = {one["name"]: one for one in ran.json["hosts"]["one"]["areas"]["disks"]}
-    assert by_name["shared run directory"]["level"] == "fine"
+    for host in ("one", "two"):
+        by_name = {one["name"]: one for one in ran.json["hosts"][host]["areas"]["disks"]}
+        assert by_name["shared run directory"]["level"] == by_name["data"]["level"] == "fine"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".meter-fast")]
 
 
-def test_programs_that_are_missing_here(tmp_path):
-    env = stand_ins(tmp_path / "s")
-    for name in ("ssh", "pdsh"):
-        os.remove(tmp_path / "s" / "bin" / name)
-    python_alone = tmp_path / "empty"
-    python_alone.mkdir()
-    ran = Ran(tmp_path, "one slots=1\ntwo slots=1\n", "--only", "limits", env={**env, "PATH": str(python_alone)})
-    by_name = {one["name"]: one for one in ran.json["here"]["areas"]["launcher"]}
-    assert ran.code == 1 and by_name["ssh"]["level"] == by_name["pdsh"]["level"] == "fails"
-    assert "apt install pdsh" in by_name["pdsh"]["remedy"] and ran.reached("one")["ssh"]["level"] == "fails"
+def test_the_marker_is_there_for_a_while_or_not_at_all(tmp_path):
+    async def marked(run_dir) -> tuple[str, bool]:
+        async with _marker(asked(tmp_path, run_dir=str(run_dir))) as path:
+            return path, bool(path) and os.path.exists(path)
+
+    path, there = asyncio.run(marked(tmp_path / "run"))
+    assert there and os.path.dirname(path) == str(tmp_path) and not os.path.exists(path)
+    (tmp_path / "file").touch()
+    assert asyncio.run(marked(tmp_path / "file" / "run")) == ("", False)
+
+
+def test_programs_that_are_missing_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    by_name = {one.name: one for one in launcher.commands(asked(tmp_path, hosts=2))}
+    assert by_name["ssh"].level == by_name["pdsh"].level == "fails" and "apt install pdsh" in by_name["pdsh"].remedy
+    assert by_name["deepspeed"].level == "fine"  # beside this Python
+    alone = {one.name: one for one in launcher.commands(asked(tmp_path, hosts=1))}
+    assert alone["ssh"].level == "fails" and alone["pdsh"].level == "fine"
+    (one,) = asyncio.run(look({"node": 1}, asked(tmp_path), {})).reached["node"]
+    assert one.name == "ssh" and one.level == "fails"
 
 
 def test_variables_travel_as_the_launcher_sends_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    for name, value in {**stand_ins(tmp_path / "s"), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=nosuch0\nnonsense\n")
-    ran = Ran(tmp_path, "one slots=1\n", "--only", "network", env=stand_ins(tmp_path / "s") | {"OMP_NUM_THREADS": "1"})
-    here = {one["name"]: one for one in ran.json["here"]["areas"]["launcher"]}
-    there = {one["name"]: one for one in ran.json["hosts"]["one"]["areas"]["network"]}
-    assert there["GLOO_SOCKET_IFNAME"]["level"] == "fails"  # it has arrived
-    assert here[".deepspeed_env"]["level"] == "fails" and "line 2" in here[".deepspeed_env"]["value"]
-    assert "OMP_NUM_THREADS" in here["variables that stay"]["value"] and ran.code == 1
+    monkeypatch.chdir(tmp_path)
+    said = list(launcher.environment(asked(tmp_path)))
+    here = {one.name: one for one in said if isinstance(one, Finding)}
+    sent = next(one[1] for one in said if isinstance(one, tuple))
+    assert here[".deepspeed_env"].level == "fails" and "line 2" in here[".deepspeed_env"].value
+    assert "OMP_NUM_THREADS" in here["variables that stay"].value
+    report = asyncio.run(look({"one": 1}, asked(tmp_path, areas=("network",)), sent)).reports["one"]
+    there = {one.name: one for one in report.findings()}
+    assert there["GLOO_SOCKET_IFNAME"].level == "fails" and "nosuch0" in there["GLOO_SOCKET_IFNAME"].value
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh")
 def test_a_host_that_is_not_there(tmp_path):
-    ran = Ran(tmp_path, "192.0.2.1 slots=8\n", "--only", "versions", "--seconds", "20", env={})
-    one = ran.reached("192.0.2.1")["ssh"]
-    assert ran.code == 1 and one["level"] == "fails" and one["remedy"]
+    cluster = asyncio.run(look({"192.0.2.1": 8}, asked(tmp_path, seconds=5.0), {}))
+    (one,) = cluster.reached["192.0.2.1"]
+    assert one.name == "ssh" and one.level == "fails" and one.remedy and not cluster.reports
+
+
+def test_a_cluster_of_which_a_host_is_silent_does_not_try_to_meet(tmp_path, monkeypatch):
+    for name, value in stand_ins(tmp_path / "s").items():
+        monkeypatch.setenv(name, value)
+    cluster = asyncio.run(look({"denied": 1, "unknown": 1}, asked(tmp_path, areas=("gloo",)), {}))
+    assert cluster.between[-1].level == "unknown" and "denied, unknown" in cluster.between[-1].value
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("one slots=1\n# fine\ntwo slots=many\n", "line 3: 'two slots=many'"),
         ("one\n", "line 1: 'one'"),
         ("one slots=1\ntwo slots=1\none slots=2\n", "line 3: 'one slots=2'"),
         ("# nobody\n", "empty"),
     ],
 )
-def test_a_hostfile_with_a_bad_line(tmp_path, text, says):
-    ran = Ran(tmp_path, text, "--only", "versions")
-    assert ran.code == 2 and says in ran.err and "NAME slots=N" in ran.err and ran.err.count("\n") == 1
+def test_a_hostfile_that_cannot_be_read(tmp_path, text, says):
+    (tmp_path / "hostfile").write_text(text)
+    with pytest.raises(ValueError, match=r"NAME slots=N") as error:
+        read(tmp_path / "hostfile")
+    assert says in str(error.value) and str(tmp_path / "hostfile") in str(error.value)
+
+
+def test_a_bad_line_of_the_hostfile_ends_the_command(tmp_path):
+    ran = Ran(tmp_path, "one slots=1\n# fine\ntwo slots=many\n", "--only", "versions")
+    assert ran.code == 2 and "line 3: 'two slots=many'" in ran.err and ran.err.count("\n") == 1
     assert ran.json is None and not ran.out
-
-
-def test_a_hostfile_that_is_not_there(tmp_path):
-    words = [sys.executable, "-m", "meter_fast.cli", "doctor", "--hostfile", str(tmp_path / "none")]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 2 and "there is no such file" in done.stderr
 
 
 def test_which_line():
