@@ -51,9 +51,9 @@ class Ran:
 @pytest.fixture(scope="module")
 def several(tmp_path_factory) -> Ran:
     """Hosts of all kinds, asked for what is quick."""
-    hosts = ("one", "slow", "denied", "unknown", "hanging", "talking", "ahead", "dead", "mute", "older")
+    hosts = ("one", "slow", "denied", "unknown", "talking", "ahead", "dead", "mute", "older")
     text = "# a comment\n\n" + "".join(f"{host} slots=1\n" for host in hosts)
-    return Ran(tmp_path_factory.mktemp("several"), text, "--only", "versions", "--seconds", "25")
+    return Ran(tmp_path_factory.mktemp("several"), text, "--only", "versions")
 
 
 def test_exit_code_and_verdict(several):
@@ -73,7 +73,6 @@ def test_hosts_that_answer_are_reported(several, host):
     [
         ("denied", "ssh", "Permission denied", "ssh-copy-id denied"),
         ("unknown", "ssh", "Host key verification failed", "ssh-keyscan -H unknown"),
-        ("hanging", "ssh", "no answer within 25 s", "firewall"),
         ("talking", "ssh", "Welcome!", "ssh talking"),
         ("dead", "doctor", "exit code", "same path on every host"),
         ("mute", "doctor", "cannot be read", "the same meter_fast"),
@@ -153,6 +152,14 @@ def test_a_host_that_is_not_there(tmp_path):
     cluster = asyncio.run(look({"192.0.2.1": 8}, asked(tmp_path, seconds=5.0), {}))
     (one,) = cluster.reached["192.0.2.1"]
     assert one.name == "ssh" and one.level == "fails" and one.remedy and not cluster.reports
+
+
+def test_a_host_that_hangs(tmp_path, monkeypatch):
+    for name, value in stand_ins(tmp_path / "s").items():
+        monkeypatch.setenv(name, value)
+    cluster = asyncio.run(look({"hanging": 1}, asked(tmp_path, seconds=3.0), {}))
+    (one,) = cluster.reached["hanging"]
+    assert one.level == "fails" and one.value == "no answer within 3 s" and "firewall" in one.remedy
 
 
 def test_a_cluster_of_which_a_host_is_silent_does_not_try_to_meet(tmp_path, monkeypatch):
