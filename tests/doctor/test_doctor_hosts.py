@@ -97,6 +97,7 @@ def test_another_version_on_one_host_is_named(several):
     assert "older: 2.1.0" in several.out
 
 
+@pytest.mark.slow
 def test_hosts_that_agree_and_meet(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
