@@ -23,6 +23,7 @@ setup(
         "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
         "tensorboard>=2.16",
         "numpy>=1.26",
+        "packaging>=22",
         "psutil>=5.9",
         "pillow>=10.3",
         "pyarrow>=16",

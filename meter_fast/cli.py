@@ -1,4 +1,4 @@
-"""The command `meter-fast`: draw data, train on one process, score, report, predict, convert.
+"""The command `meter-fast`: draw data, train on one process, score, report, predict, convert, examine.
 
 Knows arguments and messages; each command is carried out elsewhere, and heavy libraries are loaded inside it, so that
 `--help` answers at once. A wrong argument ends with one line and exit code 2.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import meter_fast
 from meter_fast.cli_data import add_parsers as add_data_parsers
+from meter_fast.cli_doctor import add_doctor
 from meter_fast.cli_predict import add_predict
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
     for name in ("image-size", "text-heads", "fusion-heads"):
         convert.add_argument(f"--{name}", type=int, metavar="N", help="where the file does not tell, or to change it")
     convert.set_defaults(run=convert_model)
+
+    add_doctor(commands)
     return top
 
 

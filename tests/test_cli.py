@@ -64,6 +64,7 @@ def test_commands_and_options_are_these():
             *("--transform", "--answers"),
         ],
         "convert": ["source", "out", "--tokenizer", "--image-size", "--text-heads", "--fusion-heads"],
+        "doctor": ["settings", "--hostfile", "--data-root", "--port", "--seconds", "--only", "--json"],
     }
 
 

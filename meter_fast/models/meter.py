@@ -208,8 +208,20 @@ def settle(kernels: KernelsConfig, config: ModelConfig) -> KernelsConfig:
             f"kernels.cross_attention=triton needs heads of size 32, 64 or 128; model.fusion.width="
             f"{config.fusion.width} with {config.fusion.heads} heads has {size}: change them, or use reference"
         )
-    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= AMPERE
-    return kernels.settle(gpu and size in TRITON_HEADS)
+    return kernels.settle(suits_triton(size)[0])
+
+
+def suits_triton(head_size: int) -> tuple[bool, str]:
+    """Whether "auto" takes Triton's kernels and packed texts on this machine, and why, or why not."""
+    if not torch.cuda.is_available():
+        return False, "no GPU"
+    capability = torch.cuda.get_device_capability()
+    text = f"GPU of compute capability {capability[0]}.{capability[1]}"
+    if capability < AMPERE:
+        return False, f"{text}, below {AMPERE[0]}.{AMPERE[1]}"
+    if head_size not in TRITON_HEADS:
+        return False, f"heads of size {head_size}, not of {', '.join(map(str, TRITON_HEADS))}"
+    return True, f"{text}, heads of size {head_size}"
 
 
 def _without_cross_attention(kernels: KernelsConfig) -> KernelsConfig:

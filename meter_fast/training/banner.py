@@ -39,8 +39,8 @@ def rows(
         ("run", config.run.dir),
         ("devices", f"{world.size} x {_device(world.device)}, {dist.get_backend()}"),
         ("model", _parameters(model)),
-        ("kernels", _kernels(config, world, model) if isinstance(model, Meter) else ""),
-        ("engine", _engine(config)),
+        ("kernels", kernels(config, world.device.type, model) if isinstance(model, Meter) else ""),
+        ("engine", precision(config)),
         ("memory", memory),
         ("global batch", _batch(config, engine, world, pairs)),
         ("steps", f"{config.run.max_steps:,}, warm-up {engine.schedule.warmup_steps:,}, starting at {start.step:,}"),
@@ -132,8 +132,9 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.3g} M"
 
 
-def _kernels(config: RunConfig, world: World, model: Meter) -> str:
-    device, chosen = world.device.type, model.kernels
+def kernels(config: RunConfig, device: str, model: Meter) -> str:
+    """What computes a run's operators on a device ("cpu", "cuda"); the model's values are not looked at."""
+    chosen = model.kernels
     plain = model.attention_backends(device, config.engine.dtype == "bf16", config.data.max_text_length)
     parts = ["attention " + ", ".join(f"{part} {form}" for part, form in plain.items())]
     if config.model.fusion.name == "co_attention":
@@ -153,7 +154,8 @@ def _kernels(config: RunConfig, world: World, model: Meter) -> str:
     return "; ".join(parts)
 
 
-def _engine(config: RunConfig) -> str:
+def precision(config: RunConfig) -> str:
+    """Stage and dtypes of a run, and what else its engine does."""
     settings = config.engine
     parts = [f"DeepSpeed {deepspeed.__version__}, ZeRO {settings.zero}"]
     parts.append("bf16 with fp32 master weights" if settings.dtype == "bf16" else "fp32")

@@ -37,10 +37,10 @@ def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
     micro = [m for m in range(1, global_batch // world_size + 1) if global_batch % (m * world_size) == 0]
     near = sorted(sorted(micro, key=lambda m: abs(m - micro_batch))[:2])
     multiples = sorted({max(1, global_batch // at_once) * at_once, (global_batch // at_once + 1) * at_once})
-    fits = f"engine.micro_batch={' or '.join(map(str, near))}, " if near else ""
+    fits = f"engine.micro_batch={' or '.join(map(str, near))}, or " if near else ""
     raise ConfigError(
         f"engine.global_batch={global_batch} is not a multiple of {at_once} = {micro_batch} (engine.micro_batch) x "
-        f"{world_size} (processes). What divides: {fits}or engine.global_batch={' or '.join(map(str, multiples))}"
+        f"{world_size} (processes). What divides: {fits}engine.global_batch={' or '.join(map(str, multiples))}"
     )
 
 
