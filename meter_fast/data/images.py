@@ -78,12 +78,20 @@ def image_transform(name: str, size: int) -> ImageTransform:
     raise ValueError(f"unknown image transform {name!r}: choose 'clip', 'imagenet' or 'vit'")
 
 
-def normalise(pictures: torch.Tensor, transform: ImageTransform, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [B,3,S,S] -> contiguous [B,3,S,S] in dtype on the same device: (x / 255 - mean) / std, computed in fp32."""
+def normalise(
+    pictures: torch.Tensor, transform: ImageTransform, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """uint8 [...,3,S,S] -> contiguous, in dtype on the same device: (x / 255 - mean) / std, computed in fp32.
+
+    out: a tensor of that shape and dtype to write to; it is then what is returned.
+    """
     mean = torch.tensor(transform.mean, device=pictures.device)[:, None, None]
     std = torch.tensor(transform.std, device=pictures.device)[:, None, None]
-    out = torch.empty(pictures.shape, dtype=torch.float32, device=pictures.device).copy_(pictures)
-    return out.mul_(1 / (255 * std)).sub_(mean / std).to(dtype)
+    if out is None:
+        out = torch.empty(pictures.shape, dtype=dtype, device=pictures.device)
+    values = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    torch.mul(pictures, 1 / (255 * std), out=values).sub_(mean / std)
+    return out if values is out else out.copy_(values)
 
 
 def denormalise(images: torch.Tensor, transform: ImageTransform) -> torch.Tensor:

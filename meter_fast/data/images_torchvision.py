@@ -44,19 +44,23 @@ class TorchvisionBackend:
         self, encoded: Sequence[np.ndarray], operations: Sequence[Sequence[Operation]] | None = None
     ) -> torch.Tensor:
         """B encoded pictures (uint8 arrays) -> [B,3,S,S] in dtype on device. Raises BatchDecodeError."""
-        pictures = torch.empty((len(encoded), 3, self.transform.size, self.transform.size), dtype=torch.uint8)
+        here = self.device.type == "cpu"  # then each picture is normalised while it is in the cache, else all at once
+        shape = (len(encoded), 3, self.transform.size, self.transform.size)
+        images = torch.empty(shape, dtype=self.dtype if here else torch.uint8)
 
         def fill(index: int) -> None:
             try:
-                pictures[index] = decode_picture(
-                    encoded[index], self.transform, operations[index] if operations else ()
-                )
+                picture = decode_picture(encoded[index], self.transform, operations[index] if operations else ())
             except BadImage as error:
                 raise BatchDecodeError(f"picture {index} of the batch: {error}") from error
+            if here:
+                normalise(picture, self.transform, self.dtype, images[index])
+            else:
+                images[index] = picture
 
         for _ in (self._pool.map if self._pool else map)(fill, range(len(encoded))):
             pass
-        return normalise(pictures.to(self.device), self.transform, self.dtype)
+        return images if here else normalise(images.to(self.device), self.transform, self.dtype)
 
     def decode_one(self, encoded: np.ndarray, operations: Sequence[Operation] = ()) -> torch.Tensor:
         """One encoded picture -> [3,S,S] in dtype on device. Raises BadImage with its cause."""
@@ -78,14 +82,23 @@ def decode_picture(
     """
     header = read_header(encoded)
     if not header.plain or is_extreme(header):
-        return _by_pillow(encoded, header, transform, operations)
-    picture = _decode_plain(encoded, header)
-    if operations:
-        picture = _to_tensor(augment_picture(Image.fromarray(picture.permute(1, 2, 0).numpy()), operations))
-    window = transform.window(header.width, header.height)
-    if (window.height, window.width) != (header.height, header.width):
+        return by_pillow(encoded, header, transform, operations)
+    return resize_and_crop(augment(decode_plain(encoded, header), operations), transform)
+
+
+def augment(picture: torch.Tensor, operations: Sequence[Operation]) -> torch.Tensor:
+    """uint8 [3,H,W] after `operations`, one by one, by Pillow."""
+    if not operations:
+        return picture
+    return _to_tensor(augment_picture(Image.fromarray(picture.permute(1, 2, 0).numpy()), operations))
+
+
+def resize_and_crop(picture: torch.Tensor, transform: ImageTransform) -> torch.Tensor:
+    """uint8 [3,H,W] -> uint8 [3,S,S]."""
+    height, width = picture.shape[1:]
+    window, size = transform.window(width, height), transform.size
+    if (window.height, window.width) != (height, width):
         picture = v2.resize_image(picture, [window.height, window.width], InterpolationMode.BICUBIC, antialias=True)
-    size = transform.size
     return picture[:, window.top : window.top + size, window.left : window.left + size]
 
 
@@ -94,7 +107,7 @@ def is_extreme(header: ImageHeader) -> bool:
     return max(header.width, header.height) > EXTREME_RATIO * min(header.width, header.height)
 
 
-def _decode_plain(encoded: np.ndarray, header: ImageHeader) -> torch.Tensor:
+def decode_plain(encoded: np.ndarray, header: ImageHeader) -> torch.Tensor:
     """A plain JPEG or PNG -> uint8 [3,H,W], Pillow's pixels. EXIF orientation is not applied, as published.
 
     torchvision's PNG decoder is not used: a damaged checksum ends the process with a segmentation fault (0.29).
@@ -111,7 +124,7 @@ def _decode_plain(encoded: np.ndarray, header: ImageHeader) -> torch.Tensor:
         raise bad_image_of(error) from error
 
 
-def _by_pillow(
+def by_pillow(
     encoded: np.ndarray, header: ImageHeader, transform: ImageTransform, operations: Sequence[Operation]
 ) -> torch.Tensor:
     """Any picture Pillow reads -> uint8 [3,S,S], step by step as published; of an animation, its first frame."""
