@@ -59,7 +59,7 @@ RETRIEVAL = Task(
     "retrieval",
     {"tiny": "retrieval_coco", "base": "retrieval_f30k"},
     HELD_OUT,
-    ("run.max_steps=200", "run.max_epochs=0", "run.eval_every=0"),
+    ("run.max_steps=400", "run.max_epochs=0", "run.eval_every=0"),
 )
 TASKS = {
     task.name: task
