@@ -48,7 +48,7 @@ class Plan:
     """One measurement. batch: pairs, questions, statements, or pictures with 16 texts. text_tokens: of an average text,
     specials included; spread: how much shorter or longer the others are. world: processes, each with such a batch.
 
-    Raises ValueError for texts that are too short to mask or do not fit the published padding.
+    Raises ValueError for texts too short to mask or longer than the published padding, and for an odd batch of pairs.
     """
 
     case: Case
@@ -65,8 +65,9 @@ class Plan:
         if not 4 <= self.text_tokens <= self.case.padded:
             raise ValueError(f"text_tokens={self.text_tokens}: 4 or more, and {self.case.padded} at most, which the "
                              "published run pads to")  # fmt: skip
-        if self.batch < 2:
-            raise ValueError(f"batch={self.batch}: 2 or more, so that there is a false picture")
+        of_pairs = self.case.recipe in ("pretrain", "retrieval_coco")
+        if self.batch < 1 or (of_pairs and self.batch % 2):
+            raise ValueError(f"batch={self.batch}: 1 or more, and even where two pairs exchange their pictures")
 
     @property
     def longest(self) -> int:
@@ -74,12 +75,12 @@ class Plan:
         return self.text_tokens + min(self.spread, self.text_tokens - 4, self.case.padded - self.text_tokens)
 
 
-def configuration(plan: Plan, plain: bool = False) -> RunConfig:
-    """The recipe's, without weights of the encoders and with one micro-batch a step."""
+def configuration(plan: Plan, plain: bool = False, compiled: bool = False) -> RunConfig:
+    """The recipe's, without weights of the encoders and with one micro-batch a step. Raises ConfigError."""
     settings = ["run.max_epochs=0", "run.max_steps=1000", f"data.max_text_length={plan.longest}"]
     settings += [f"engine.micro_batch={plan.batch}", f"engine.global_batch={plan.batch * plan.world}"]
     settings += [f"engine.dtype={plan.dtype}", f"engine.zero={plan.zero}"]
-    settings += [f"engine.activation_checkpointing={str(plan.checkpointing).lower()}"]
+    settings += [f"engine.activation_checkpointing={plan.checkpointing}", f"engine.compile={compiled}"]
     settings += [f"model.vision.image_size={plan.case.image_size}"]
     if plan.case.recipe == "vqa":
         settings.append(f"model.vqa_answers={ANSWERS}")
