@@ -33,7 +33,7 @@ import torch
 from benchmarks.apart import Apart, closing, rounds
 from benchmarks.record import append
 from benchmarks.step_cases import CASES, Plan
-from benchmarks.step_work import PLAIN_VARIANT, VARIANTS, counts, make_step, make_yardstick
+from benchmarks.step_work import PLAIN_VARIANT, VARIANTS, make_step, make_yardstick, step_flops
 
 CEILING = "matrix product"
 SAME_LOSS = {"fp32": 1e-4, "bf16": 3e-2}  # relative, without dropout
@@ -59,10 +59,9 @@ def measure(plan: Plan, variants: Sequence[str], count: int, steps: int) -> dict
 
 def count(plan: Plan) -> dict[str, dict[str, float]]:
     """Those of the metrics that need no clock."""
-    known = counts(plan)
     return {
-        PLAIN_VARIANT: {"flops_per_sample": known[PLAIN_VARIANT] / plan.batch},
-        "eager": {"flops_per_sample": known["fast"] / plan.batch},
+        name: {"flops_per_sample": step_flops(plan, name == PLAIN_VARIANT) / plan.batch}
+        for name in (PLAIN_VARIANT, "eager")
     }
 
 

@@ -22,8 +22,8 @@ EXPECTED = {
 
 @pytest.mark.parametrize("axis", list(POINTS))
 def test_cost_grows_as_it_should(axis: str) -> None:
-    points = plans(axis, "tiny", "fp32")
-    found = {place: counts(plan) for place, plan in points.items()}
+    points = list(plans(axis, "tiny", "fp32").items())
+    found = {place: counts(plan) for place, plan in (points[0], points[-1])}
     for name, (least, most) in EXPECTED[axis].items():
         slope = exponent(list(found), [one[name] for one in found.values()])
         assert least - 1e-3 <= slope <= most + 1e-3, (name, slope)
