@@ -86,6 +86,8 @@ def draw_steps(found: Sequence[Run], path: Path) -> None:
     for shift, (metric, said) in enumerate(SHOWN.items()):
         places = [place + (shift - 1) * height for place, (_, less) in enumerate(bars) if metric in less]
         values = [less[metric] for _, less in bars if metric in less]
+        if not values:
+            continue
         drawn = axis.barh(places, values, height, color=COLOURS[1 + shift], label=f"{said}, times less")
         axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=7)
     axis.axvline(1, color=COLOURS[0], linewidth=1)

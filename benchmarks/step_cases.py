@@ -76,11 +76,12 @@ class Plan:
 
 
 def configuration(plan: Plan, plain: bool = False, compiled: bool = False) -> RunConfig:
-    """The recipe's, without weights of the encoders and with one micro-batch a step. Raises ConfigError."""
+    """The recipe's, without weights of the encoders and with one micro-batch a step. Plain: with the kernels of that
+    form, and everything kept for backward, as published. Raises ConfigError."""
     settings = ["run.max_epochs=0", "run.max_steps=1000", f"data.max_text_length={plan.longest}"]
     settings += [f"engine.micro_batch={plan.batch}", f"engine.global_batch={plan.batch * plan.world}"]
     settings += [f"engine.dtype={plan.dtype}", f"engine.zero={plan.zero}"]
-    settings += [f"engine.activation_checkpointing={plan.checkpointing}", f"engine.compile={compiled}"]
+    settings += [f"engine.activation_checkpointing={plan.checkpointing and not plain}", f"engine.compile={compiled}"]
     settings += [f"model.vision.image_size={plan.case.image_size}"]
     if plan.case.recipe == "vqa":
         settings.append(f"model.vqa_answers={ANSWERS}")
