@@ -12,14 +12,14 @@ the real engine, with the recipe's dropout, in the same precision; published run
 
 Each side is a process of its own, so that its peak memory is its own; rounds alternate, so that a slow spell of the
 machine meets all, and products of large matrices, in a process too, go with them: the ceiling that utilisation is a
-share of. On a GPU a side gives its free memory back after each round; on a host both keep theirs, at size base 6 GB each and the
-activations. Metrics, of each side:
+share of. On a GPU a side gives its free memory back after each round; on a host both keep theirs, at size base 6 GB
+each and the activations. Metrics, of each side:
 
 - time_per_step (median of the rounds), samples_per_second, loss (of the last round), peak_memory: of a GPU all that was
   allocated, of a host what came after the start; estimated_peak_memory: what the start banner says of ours, where
   every text has a picture of its own, as the estimate assumes.
-- flops_per_sample: of forward and backward, counted from shapes (`benchmarks/flops.py`); what --checkpointing computes again
-  does not count, and the update has next to none.
+- flops_per_sample: of forward and backward, counted from shapes (`benchmarks/flops.py`); what --checkpointing computes
+  again does not count, and the update has next to none.
 - mfu: flops_per_sample x samples_per_second / ceiling. It falls when work is removed and the rest does not get faster.
 - published_mfu: the same with the FLOPs of the plain form, whoever removed how many of them: the utilisation at which
   the published procedure would have to run to keep up. samples_per_second need no such correction, as a sample is a
