@@ -1,52 +1,144 @@
-"""Pre-training, retrieval and prediction without any saving, as published: whole passes, logits everywhere, full last
+"""Training, retrieval and prediction without any saving, as published: whole passes, logits everywhere, full last
 layers.
 
-The other side of every comparison, and the oracle of the tests of the exact savings.
+The other side of every comparison, and the oracle of the tests of the exact savings. In training nothing is shared
+either: every objective encodes its pictures and texts anew, NLVR2 the statement for each picture, retrieval each
+picture for each of its texts; attention writes its scores out. Optimizer and engine are those of every run.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meter_fast.data.batch import PretrainBatch
+from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, VqaBatch
 from meter_fast.models.config import KernelsConfig
 from meter_fast.models.meter import Meter
+from meter_fast.objectives.joint import counts_of
+from meter_fast.objectives.losses import Losses
+from meter_fast.objectives.vqa import answer_scores
 
 PLAIN = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
 
+Texts = TypeVar("Texts", PretrainBatch, VqaBatch, StatementBatch, RankedTexts)
+Told = tuple[Tensor, Tensor]  # mean loss, float32 scalar; how many were right
 
-def plain_losses(model: Meter, batch: PretrainBatch) -> dict[str, Tensor]:
-    """MLM and ITM losses, float32 scalars, each mean over its own count."""
-    mask = batch.text_mask
-    image, text = model.encode_image(batch.images), model.encode_text(batch.masked_ids, mask)
-    logits = model.mlm_head(model.fuse(text, image, mask).text)
+
+class PlainLoss(nn.Module):
+    """What `JointLoss` gives, in whole passes: losses, parts and metrics of a batch, for the engine."""
+
+    def __init__(self, model: Meter, objectives: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.objectives = tuple(objectives)
+
+    def forward(self, batch: Batch, totals: Mapping[str, float] | None = None) -> Losses:
+        """totals: what summed losses are divided by, by objective; without them, means are over the batch itself."""
+        counts = counts_of(self.objectives, [batch])
+        totals = counts if totals is None else totals
+        told = plain_steps(self.model, batch, self.objectives)
+        losses = {name: mean * (counts[name] / totals[name]) for name, (mean, _) in told.items()}
+        metrics = {name: (right, right.new_full((), counts[name])) for name, (_, right) in told.items()}
+        parts = {name: value.detach() for name, value in losses.items()}
+        return Losses(torch.stack(list(losses.values())).sum(), parts, metrics)
+
+
+def plain_losses(model: Meter, batch: Batch, objectives: Sequence[str] = ("mlm", "itm")) -> dict[str, Tensor]:
+    """The objectives' losses, float32 scalars, each mean over its own count."""
+    return {name: loss for name, (loss, _) in plain_steps(model, batch, objectives).items()}
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def plain_steps(model: Meter, batch: Batch, objectives: Sequence[str]) -> dict[str, Told]:
+    """The objectives' mean losses and how many were right, one whole pass after the other."""
+    return {name: STEPS[name](model, batch) for name in objectives}
+
+
+def _mlm(model: Meter, batch: PretrainBatch) -> Told:
+    logits = plain_scores(model, "mlm_head", (batch.images,), batch.masked_ids, batch.text_mask).flatten(0, 1)
     labels = torch.full_like(batch.text_ids, -100).flatten()
     labels[batch.masked_rows] = batch.masked_labels
-    mlm = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100)
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100), (logits.argmax(-1) == labels).sum()
+
+
+def _itm(model: Meter, batch: PretrainBatch) -> Told:
     pictures = batch.images if batch.false_images is None else torch.cat([batch.images, batch.false_images])
-    image, text = model.encode_image(pictures[batch.itm_images]), model.encode_text(batch.text_ids, mask)
-    itm = F.cross_entropy(model.itm_head(model.fuse(text, image, mask).cls).float(), batch.itm_labels)
-    return {"mlm": mlm, "itm": itm}
+    shown = (pictures[batch.itm_images],)
+    logits = plain_scores(model, "itm_head", shown, batch.text_ids, batch.text_mask)
+    return _classes(logits.float(), batch.itm_labels)
 
 
-def pad_text(batch: PretrainBatch, length: int, pad_id: int) -> PretrainBatch:
+def _vqa(model: Meter, batch: VqaBatch) -> Told:
+    shown = (batch.images[batch.image_rows],)
+    logits = plain_scores(model, "vqa_head", shown, batch.text_ids, batch.text_mask).float()
+    loss = F.binary_cross_entropy_with_logits(logits, batch.targets) * batch.targets.shape[1]
+    return loss, answer_scores(logits, batch.targets).sum()
+
+
+def _nlvr2(model: Meter, batch: StatementBatch) -> Told:
+    return _statements(model, "nlvr2_head", batch)
+
+
+def _snli_ve(model: Meter, batch: StatementBatch) -> Told:
+    return _statements(model, "snli_head", batch)
+
+
+def _statements(model: Meter, head: str, batch: StatementBatch) -> Told:
+    shown = tuple(batch.images[rows] for rows in batch.image_rows.unbind(1))
+    return _classes(plain_scores(model, head, shown, batch.text_ids, batch.text_mask).float(), batch.labels)
+
+
+def _retrieval(model: Meter, batch: PretrainBatch) -> Told:
+    texts, pairs = batch.ranked, len(batch)
+    false = len(texts.ids) // pairs - 1
+    shown = torch.cat([batch.images, batch.images.repeat_interleave(false, 0)])  # before the vision encoder
+    scores = plain_scores(model, "rank_head", (shown,), texts.ids, texts.mask)[:, 0]
+    table = torch.cat([scores[:pairs, None], scores[pairs:].view(pairs, false)], dim=1)
+    return _classes(table, torch.zeros_like(batch.itm_labels))
+
+
+def _classes(logits: Tensor, labels: Tensor) -> Told:
+    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
+
+
+STEPS = {"mlm": _mlm, "itm": _itm, "vqa": _vqa, "nlvr2": _nlvr2, "snli_ve": _snli_ve, "retrieval": _retrieval}
+
+
+def as_published(batch: Batch, length: int, pad_id: int) -> Batch:
+    """The same batch as the published loader brings it: texts padded to `length` tokens, a picture for each text that
+    asks about one, and a false picture for each pair, whether it is looked at or not."""
+    if isinstance(batch, PretrainBatch):
+        pictures = batch.images if batch.false_images is None else torch.cat([batch.images, batch.false_images])
+        own = torch.arange(len(batch), device=batch.images.device)
+        batch = replace(
+            batch,
+            false_images=pictures[batch.itm_images],
+            itm_images=torch.where(batch.itm_labels == 1, own, len(batch) + own),
+            ranked=batch.ranked and pad_text(batch.ranked, length, pad_id),
+        )
+    else:
+        rows = batch.image_rows.view(len(batch), -1).t()  # all left pictures, then all right ones
+        places = torch.arange(rows.numel(), device=rows.device).view_as(rows).t().reshape(batch.image_rows.shape)
+        batch = replace(batch, images=batch.images[rows.flatten()], image_rows=places)
+    return pad_text(batch, length, pad_id)
+
+
+def pad_text(batch: Texts, length: int, pad_id: int) -> Texts:
     """The same batch with texts padded to `length` tokens, as the published collator does."""
-    old = batch.text_ids.shape[1]
-
-    def wider(x: Tensor, value: int | bool) -> Tensor:
-        return F.pad(x, (0, length - old), value=value)
-
-    rows = batch.masked_rows // old * length + batch.masked_rows % old
-    return replace(
-        batch,
-        text_ids=wider(batch.text_ids, pad_id),
-        text_mask=wider(batch.text_mask, False),
-        masked_ids=wider(batch.masked_ids, pad_id),
-        masked_rows=rows,
-        text_rows=None,
-    )
+    prefix = "" if isinstance(batch, RankedTexts) else "text_"
+    old = getattr(batch, f"{prefix}ids").shape[1]
+    changed = {
+        name: F.pad(getattr(batch, name), (0, length - old), value=value)
+        for name, value in ((f"{prefix}ids", pad_id), (f"{prefix}mask", False), ("masked_ids", pad_id))
+        if hasattr(batch, name)
+    }
+    if isinstance(batch, PretrainBatch):
+        changed["masked_rows"] = batch.masked_rows // old * length + batch.masked_rows % old
+    return replace(batch, text_rows=None, **changed)
 
 
 @torch.inference_mode()

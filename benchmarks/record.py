@@ -1,15 +1,37 @@
-"""Rows of results: what was measured where, when and on which commit. Knows nothing of what is measured."""
+"""Rows of results: what was measured where, when and on which commit, written and read. Knows nothing of what is
+measured.
+
+Only rows of one run may be compared: machines have slow spells. There is no column for the run, as none is needed: a
+run adds its rows at once, so a file has them together, and it names a variant's metric once. Where the same case, date,
+commit, machine and device say one for the second time, the next run begins. What a benchmark writes first of a case has
+to be what each of its runs writes.
+"""
 
 import csv
 import datetime
 import platform
 import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("date", "commit", "machine", "device", "benchmark", "case", "variant", "metric", "value", "unit")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run says of one case. values: by variant and metric, in the order of the file; units: by metric."""
+
+    date: str
+    commit: str
+    machine: str
+    device: str
+    benchmark: str
+    case: str
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
 
 
 def processor() -> str:
@@ -48,3 +70,22 @@ def append(benchmark: str, rows: list[dict]) -> Path:
             writer.writeheader()
         writer.writerows({**common, **row} for row in rows)
     return path
+
+
+def runs(path: Path) -> list[Run]:
+    """The runs of a file that `append` has written, oldest first. Raises ValueError for a file of other columns."""
+    found: list[Run] = []
+    latest: dict[tuple[str, ...], Run] = {}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: columns {reader.fieldnames}, not {','.join(COLUMNS)}")
+        for row in reader:
+            key = tuple(row[name] for name in COLUMNS[:6])
+            run = latest.get(key)
+            if run is None or row["metric"] in run.values.get(row["variant"], {}):
+                run = latest[key] = Run(*key)
+                found.append(run)
+            run.values.setdefault(row["variant"], {})[row["metric"]] = float(row["value"])
+            run.units[row["metric"]] = row["unit"]
+    return found

@@ -135,7 +135,7 @@ def start(timeout_seconds: int) -> World:
 
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     # A C++ extension that only inference uses: building it costs a minute and needs a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -149,7 +149,8 @@ def start(timeout_seconds: int) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, host)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from small_case import small_batch, small_model
 from torch import Tensor
 
+from benchmarks.plain import plain_losses
 from meter_fast.data.batch import PretrainBatch, RankedTexts
 from meter_fast.interop import from_meter, to_meter
 from meter_fast.models.heads import RankHead
-from meter_fast.models.meter import Meter, Need
+from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss
 from meter_fast.score_retrieval import encode_texts, match_scores
 
@@ -92,22 +93,6 @@ def small_ranked_batch(negatives: str = "batch") -> PretrainBatch:
     return replace(batch, ranked=RankedTexts(ids, mask, mask.flatten().nonzero().flatten()))
 
 
-def plain_loss(model: Meter, batch: PretrainBatch) -> Tensor:
-    """As published: every picture repeated for its texts, before the vision encoder."""
-    count, texts = len(batch), batch.ranked
-    images = torch.cat([batch.images, batch.images.repeat_interleave(FALSE, 0)])
-    image, text = model.encode_image(images), model.encode_text(texts.ids, texts.mask)
-    scores = model.rank_head(model.fuse(text, image, texts.mask, need=Need.ALL).cls)[:, 0]
-    table = torch.cat([scores[:count, None], scores[count:].view(count, FALSE)], dim=1)
-    return F.cross_entropy(table, torch.zeros(count, dtype=torch.int64))
-
-
-def plain_itm(model: Meter, batch: PretrainBatch) -> Tensor:
-    pictures = batch.images if batch.false_images is None else torch.cat([batch.images, batch.false_images])
-    image, text = model.encode_image(pictures[batch.itm_images]), model.encode_text(batch.text_ids, batch.text_mask)
-    return F.cross_entropy(model.itm_head(model.fuse(text, image, batch.text_mask).cls), batch.itm_labels)
-
-
 def gradients(model: Meter, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
@@ -121,7 +106,7 @@ def test_pictures_are_shared_exactly(fusion: str, objectives: tuple[str, ...], n
     model = small_ranked_model(fusion).double()
     batch = small_ranked_batch(negatives).to("cpu", torch.float64)
     seen: list[int] = []
-    expected = plain_loss(model, batch) + (plain_itm(model, batch) if "itm" in objectives else 0)
+    expected = sum(plain_losses(model, batch, objectives).values())
     theirs = gradients(model, expected)
     handle = model.vision.register_forward_pre_hook(lambda _m, given: seen.append(len(given[0])))
     losses = JointLoss(model, objectives)(batch)
