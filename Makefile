@@ -45,10 +45,13 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.pretrain_step
+	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.retrieval
 	$(BIN)/python -m benchmarks.latency --size tiny
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.data_pipeline
+	$(BIN)/python -m benchmarks.plots
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
