@@ -115,7 +115,7 @@ def draw_scaling(found: Sequence[Run], path: Path) -> None:
         axis.set_xticks(list(points), [f"{place:g}" for place in points])
         axis.set_title(run.case, fontsize=9)
         _finish(axis)
-    figure.suptitle("Cost of a step, relative to the first point; exponents in the legends", fontsize=10)
+    figure.suptitle("Cost of a step, and exponents", fontsize=10)
     figure.savefig(path)
 
 
