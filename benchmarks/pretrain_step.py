@@ -16,10 +16,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.flops import count_flops
 from benchmarks.plain import PLAIN, pad_text, plain_losses
 from benchmarks.record import append
 from meter_fast.data.batch import PretrainBatch
+from meter_fast.flops import count_flops
 from meter_fast.models import config as models
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss

@@ -1,4 +1,4 @@
-"""The command `meter-fast`: draw data, train on one process, score, report, predict, convert.
+"""The command `meter-fast`: draw data, plan, train on one process, score, report, predict, convert.
 
 Knows arguments and messages; each command is carried out elsewhere, and heavy libraries are loaded inside it, so that
 `--help` answers at once. A wrong argument ends with one line and exit code 2.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import meter_fast
 from meter_fast.cli_data import add_parsers as add_data_parsers
+from meter_fast.cli_plan import add_plan
 from meter_fast.cli_predict import add_predict
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=report_run)
 
     add_predict(commands)
+    add_plan(commands)
 
     convert = commands.add_parser("convert", help="published METER checkpoint to export folder, or back")
     convert.add_argument("source", metavar="SRC", type=Path, help=".ckpt file, or export folder or run directory")

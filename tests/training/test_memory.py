@@ -126,7 +126,7 @@ def test_parts_follow_zero_and_dtype() -> None:
 
     assert parts(0, "fp32", 4) == (4, 4, 0, 8)
     assert parts(0, "bf16", 4) == (2, 2, 4, 8)
-    assert parts(1, "bf16", 4) == (2, 4, 1, 2)
+    assert parts(1, "bf16", 4) == (2, 6, 1, 2)
     assert parts(2, "bf16", 4) == (2, 1, 1, 2)
     assert parts(3, "bf16", 4) == (0.5, 1, 1, 2)
     assert parts(2, "fp32", 1) == (4, 4, 4, 8)
