@@ -47,8 +47,14 @@ def run_plan(arguments: argparse.Namespace) -> None:
         check_place(out / CHART)
     from meter_fast.plan import make_plan
     from meter_fast.plan.page import lines
+    from meter_fast.training.activations import NotTraced
 
-    plan = make_plan(words)
+    try:
+        plan = make_plan(words)
+    except NotTraced as error:
+        raise ValueError(
+            f"this model cannot be planned, as its passes cannot be traced without values: {error}"
+        ) from error
     print("\n".join(lines(plan)))
     if out is not None:
         from meter_fast.plan.chart import draw

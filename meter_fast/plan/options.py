@@ -137,6 +137,6 @@ def _rate(key: str, value: str, names: Mapping[str, float]) -> float:
 def _known(key: str, value: str, names: Mapping[str, object], otherwise: str = "") -> str:
     if value in names:
         return value
-    near = difflib.get_close_matches(value, list(names), n=1)
+    near = [name for name in names if value and name.startswith(value)] or difflib.get_close_matches(value, list(names))
     guess = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"{key}={value}: {guess}Known: {', '.join(names)}{', ' if otherwise else ''}{otherwise}")

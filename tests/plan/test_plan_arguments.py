@@ -44,7 +44,7 @@ def test_settings_of_recipe_and_run_are_the_runs():
         (["pretrain", "gpu=a100-80"], "gpu=a100-80: did you mean a100-80g?"),
         (["pretrain", "link=8x200gb"], "link=8x200gb: did you mean 8x200gbit?"),
         (["pretrain", "link=-3"], "or GB/s each way"),
-        (["pretrain", "in_node=nvlink"], "did you mean nvlink4?"),
+        (["pretrain", "in_node=nvlink"], "did you mean nvlink3?"),
         (["pretrain", "nodes=0"], "nodes=0: 1 or more"),
         (["pretrain", "nodes=two"], "nodes=two: expected a whole number"),
         (["pretrain", "efficiency=40"], "efficiency=40.0: a share"),

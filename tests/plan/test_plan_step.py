@@ -135,7 +135,7 @@ def test_the_command_writes_json_and_chart(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pretrain", "size=tiny", "nodes=3"], "What divides: engine.micro_batch="),
+        (["pretrain", "size=tiny", "nodes=3"], "is not a multiple of 768"),
         (["pretrain", "size=tiny", "gpu=h100"], "did you mean h100-80g?"),
     ],
 )

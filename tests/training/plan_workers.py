@@ -51,12 +51,13 @@ def sent(processes: int) -> Iterator[dict[str, int]]:
             delattr(backend, name)
 
 
-def storages() -> dict[int, int]:
-    """Bytes of all storages on the CPU that tensors of this process have, by place."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """All storages on the CPU that tensors of this process have, by place. While the result is held, no other storage
+    can take one of these places."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == "cpu"}
     found.pop(0, None)
     return found
 
@@ -74,7 +75,7 @@ def with_file(case: dict, path: Path) -> RunConfig:
 
 def look(out: str, cases: list[dict]) -> int:
     """Three steps of each case, of which the last is looked at. Stage 3 comes last: it changes torch for the rest."""
-    world = worlds.start(60)
+    world = worlds.start(240)
     results = []
     for case in sorted(cases, key=lambda case: case["zero"]):
         config = with_file(case, Path(out).with_suffix(f".ds-{world.rank}.json"))
@@ -87,7 +88,7 @@ def look(out: str, cases: list[dict]) -> int:
         model = Meter(config.model)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        before = storages().keys() - own
+        before = {place: storage for place, storage in storages().items() if place not in own}
         engine = Engine(JointLoss(model), config, world, original_name, start if world.is_main else None)
         kept, whole = [], []
         backward = engine._engine.backward
@@ -97,7 +98,7 @@ def look(out: str, cases: list[dict]) -> int:
                 there = [p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE"]
                 whole.append(sum(there) / sum(p.ds_numel for p in model.parameters()))
             result = backward(loss)
-            kept.append(sum(size for place, size in storages().items() if place not in before))
+            kept.append(sum(held.nbytes() for place, held in storages().items() if place not in before))
             return result
 
         engine._engine.backward = watched
