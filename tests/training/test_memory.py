@@ -148,9 +148,11 @@ def test_what_cannot_be_traced_says_why() -> None:
     assert estimate_memory(config, 1, activations=False).weights > 0
 
 
-def test_kernels_are_traced_too() -> None:
-    """Shapes of an operator's own kernels are known without running them."""
-    config = configuration("pre-training")
+@pytest.mark.parametrize("case", ["pre-training", "questions"])
+def test_kernels_are_traced_too(case: str) -> None:
+    """Shapes of an operator's own kernels are known without running them, also where what no objective reaches is
+    found first, on the meta device."""
+    config = configuration(case)
     kernels = replace(
         config.kernels, **dict.fromkeys(("cross_attention", "mlm_loss", "residual_norm", "gelu"), "triton")
     )
