@@ -5,12 +5,11 @@
 
 Plain is the published loop: a picture is repeated for all its texts, before the vision encoder, texts are padded to 40
 tokens, and every layer computes all its rows. Ours is what `meter-fast evaluate MODEL retrieval` runs. Rounds
-alternate. Scores of both must be equal. FLOPs are counted from shapes (`benchmarks/flops.py`), for what is measured and
+alternate. Scores of both must be equal. FLOPs are counted from shapes (`meter_fast/flops.py`), for what is measured and
 for a split of 1000 pictures and 5000 captions.
 """
 
 import argparse
-import math
 import statistics
 import time
 from dataclasses import replace
@@ -18,13 +17,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.flops import count_flops
 from benchmarks.plain import PLAIN, plain_match_scores
 from benchmarks.record import append
+from meter_fast.flops import count_flops
 from meter_fast.models import config as models
-from meter_fast.models.config import KernelsConfig
 from meter_fast.models.meter import Meter
-from meter_fast.score_retrieval import PICTURES_PER_BLOCK, encode_texts, match_scores, pairs_at_once, ranked
+from meter_fast.plan.ranking import flops_per_pair as shared_flops
+from meter_fast.score_retrieval import encode_texts, match_scores
 
 PADDED = 40  # tokens, max_text_len of the published retrieval
 CAPTION = 13  # tokens of an average caption, specials included
@@ -59,19 +58,13 @@ def shared(model: Meter, pixels: Tensor, ids: list[list[int]]) -> Tensor:
 def flops_per_pair(config: models.ModelConfig, pictures: int, texts: int) -> dict[str, float]:
     """Of the plain form, and of ours where `pictures` and `texts` of CAPTION tokens are scored against each other."""
     with torch.device("meta"):
-        plain, ours = (
-            Meter(config, load_weights=False, kernels=kernels).eval() for kernels in (PLAIN, KernelsConfig())
-        )
+        plain = Meter(config, load_weights=False, kernels=PLAIN).eval()
         pixels = torch.empty(1, 3, *(config.vision.image_size,) * 2)
-    ids, at_once = captions(config, 1), pairs_at_once(ours)
-    side_by_side = min(pictures, PICTURES_PER_BLOCK), min(texts, max(1, at_once // 2))
-    image = ours.encode_image(pixels).detach().expand(side_by_side[0], -1, -1)
-    (group,) = encode_texts(ours, ids * side_by_side[1])
-    once = (
-        count_flops(lambda: ours.encode_image(pixels)) / texts + count_flops(lambda: encode_texts(ours, ids)) / pictures
-    )
-    pairs = count_flops(lambda: list(ranked(ours, image, group, at_once))) / math.prod(side_by_side)
-    return {"plain": count_flops(lambda: plain_match_scores(plain, pixels, ids, PADDED)), "shared": pairs + once}
+    ids = captions(config, 1)
+    return {
+        "plain": count_flops(lambda: plain_match_scores(plain, pixels, ids, PADDED)),
+        "shared": shared_flops(config, pictures, texts, CAPTION),
+    }
 
 
 def main() -> None:

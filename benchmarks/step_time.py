@@ -18,7 +18,7 @@ each and the activations. Metrics, of each side:
 - time_per_step (median of the rounds), samples_per_second, loss (of the last round), peak_memory: of a GPU all that was
   allocated, of a host what came after the start; estimated_peak_memory: what the start banner says of ours, where
   every text has a picture of its own, as the estimate assumes.
-- flops_per_sample: of forward and backward, counted from shapes (`benchmarks/flops.py`); what --checkpointing computes
+- flops_per_sample: of forward and backward, counted from shapes (`meter_fast/flops.py`); what --checkpointing computes
   again does not count, and the update has next to none.
 - mfu: flops_per_sample x samples_per_second / ceiling. It falls when work is removed and the rest does not get faster.
 - published_mfu: the same with the FLOPs of the plain form, whoever removed how many of them: the utilisation at which

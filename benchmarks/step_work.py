@@ -15,11 +15,11 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from benchmarks.apart import Work
-from benchmarks.flops import count_flops
 from benchmarks.plain import PLAIN, PlainLoss, as_published
 from benchmarks.step_cases import Plan, configuration, make_batch
 from meter_fast.config import RunConfig
 from meter_fast.data.batch import Batch
+from meter_fast.flops import count_flops
 from meter_fast.interop import original_name
 from meter_fast.objectives.joint import counts_of
 from meter_fast.training import world as worlds

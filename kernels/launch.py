@@ -33,3 +33,8 @@ def arch_of(x: Tensor) -> Arch:
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(x.device)
     return Arch(10 * major + minor)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where the tensor lives; the meta device has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

@@ -1,4 +1,4 @@
-"""The command `meter-fast`: draw data, train on one process, score, report, predict, convert, examine.
+"""The command `meter-fast`: draw data, plan, train on one process, score, report, predict, convert, examine.
 
 Knows arguments and messages; each command is carried out elsewhere, and heavy libraries are loaded inside it, so that
 `--help` answers at once. A wrong argument ends with one line and exit code 2.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import meter_fast
 from meter_fast.cli_data import add_parsers as add_data_parsers
 from meter_fast.cli_doctor import add_doctor
+from meter_fast.cli_plan import add_plan
 from meter_fast.cli_predict import add_predict
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=report_run)
 
     add_predict(commands)
+    add_plan(commands)
 
     convert = commands.add_parser("convert", help="published METER checkpoint to export folder, or back")
     convert.add_argument("source", metavar="SRC", type=Path, help=".ckpt file, or export folder or run directory")

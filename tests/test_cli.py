@@ -63,6 +63,7 @@ def test_commands_and_options_are_these():
             *("model", "task", "input", "--text", "--out", "--k", "--batch", "--device", "--dtype", "--tokenizer"),
             *("--transform", "--answers"),
         ],
+        "plan": ["recipe", "settings", "--out", "--json"],
         "convert": ["source", "out", "--tokenizer", "--image-size", "--text-heads", "--fusion-heads"],
         "doctor": ["settings", "--hostfile", "--data-root", "--port", "--seconds", "--only", "--json"],
     }

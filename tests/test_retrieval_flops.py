@@ -6,9 +6,9 @@ from golden_cases import TOLERANCE, relative
 from meter_fast.kernels.cross_attention import absorbed
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
-from benchmarks.flops import count_flops
 from benchmarks.plain import PLAIN, plain_match_scores
 from benchmarks.retrieval import PADDED, SPLIT, captions, configuration, flops_per_pair, images, shared
+from meter_fast.flops import count_flops
 from meter_fast.models.meter import Meter
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import arch_of, is_interpreted
+from ..launch import arch_of, autocasts, is_interpreted
 from . import kernel, reference
 
 
@@ -28,7 +28,7 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Ten
     it waits for nothing: on a GPU such a row makes the loss NaN.
     """
     _check(rows, weight, bias, labels)
-    if torch.is_autocast_enabled(rows.device.type):
+    if autocasts(rows):
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight = rows.to(dtype), weight.to(dtype)
     if rows.dtype != weight.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import draw_seed, threshold
-from ..launch import arch_of, is_interpreted
+from ..launch import arch_of, autocasts, is_interpreted
 from . import kernel, reference
 
 MAX_WIDTH = 2048
@@ -33,7 +33,7 @@ def residual_norm(
     row and column alone (see `kernels/dropout.py`). Statistics and sums are float32; gradients come in the dtypes of
     what they belong to. Raises ValueError for anything else.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, residual = x.to(dtype), residual.to(dtype)
     _check(x, bias, residual, weight, shift)

@@ -2,13 +2,17 @@
 the passes are traced by activations.py.
 
 Source of the parts that ZeRO divides: Rajbhandari et al. 2020, figure 1, and DeepSpeed 0.19 as this engine uses it:
-gradients of bf16 weights are added up in fp32 (stage 1 keeps the sums whole), and from stage 1 on the optimizer has
-fp32 masters of its own, with fp32 weights, too. Not counted: the gathered weights of ZeRO-3 (a module at a time), the
-memory pool of the device's own (fragments, CUDA context) and what the loader keeps ahead.
+gradients of bf16 weights are added up in fp32 (stage 1 keeps the sums whole, and the gradients beside them), and from
+stage 1 on the optimizer has fp32 masters of its own, with fp32 weights, too. ZeRO-3 keeps weights that it has gathered
+in the forward pass for the backward pass, unless `stage3_max_reuse_distance` numbers lie between: of a model of METER's
+size, all of them. Not counted: the memory pool of the device's own (fragments, CUDA context) and what the loader keeps
+ahead.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,15 +23,20 @@ from meter_fast.training.layer_decay import layers_above
 from meter_fast.training.optimizer import parameter_groups
 from meter_fast.training.tasks import task_of
 
+REUSE_DISTANCE = 1_000_000_000  # numbers; DeepSpeed's default of stage3_max_reuse_distance
+FLATTENED = 12  # bytes a number: copies while all gradients are reduced at once; 10 to 13 were seen on two processes
+
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process's device, or of its host where `host` says so.
 
     weights: in the run's dtype, frozen ones included. gradients: what is added up over micro-batches. masters: fp32
-    weights of the optimizer. moments: of Adam. buckets: where gradients wait to be reduced (stages 2 and 3). update:
-    what the optimizer needs for a moment for its largest group. logits: fp32, a part of the activations. activations:
-    of the largest micro-batch, None where they are not known. host: masters, moments and update are in host memory.
+    weights of the optimizer. moments: of Adam. buckets: where gradients wait to be reduced (stages 2 and 3). gathered:
+    whole weights during the passes (stage 3). update: what the optimizer needs for a moment for its largest group, or
+    what flattening all gradients takes before it (stages 0 and 1). logits: fp32, a part of the activations.
+    activations: of the largest micro-batch, None where they are not known. host: masters, moments and update are in
+    host memory.
     """
 
     weights: int
@@ -35,6 +44,7 @@ class Memory:
     masters: int
     moments: int
     buckets: int
+    gathered: int
     update: int
     logits: int
     activations: Activations | None
@@ -53,7 +63,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most that is there at once, on the device: in the passes or in the update."""
-        passes = self.buckets
+        passes = self.buckets + self.gathered
         if self.activations is not None:
             passes += self.activations.batch + self.activations.peak
         return self.state + max(passes, 0 if self.host else self.update)
@@ -67,29 +77,44 @@ def estimate_memory(
     activations: trace the passes, which takes seconds (see trace_activations). Raises ConfigError where the DeepSpeed
     file cannot be read, NotTraced where model or passes cannot be traced.
     """
-    trained, frozen, largest = _sizes(config)
+    traced = None
+    if activations:
+        traced = trace_activations(config, config.engine.activation_checkpointing, device)
+    return memory_of(config, world_size, sizes_of(config), traced)
+
+
+def memory_of(config: RunConfig, world_size: int, sizes: "Sizes", traced: Activations | None) -> Memory:
+    """The same where `sizes_of` the model and its activations are known already."""
+    trained, everything = sizes.trained, sizes.trained + sizes.frozen
     zero, low = config.engine.zero, DTYPES[config.engine.dtype].itemsize
     settings = deepspeed_config(config, world_size)["zero_optimization"]
 
     def share(stage: int) -> int:
         return world_size if zero >= stage else 1
 
-    summed = 4 if zero else low
+    summed = {0: low, 1: 4 + (low if low < 4 else 0)}.get(zero, 4)
     bucket = min(int(settings.get("reduce_bucket_size", 0)), trained) if zero >= 2 else 0
-    traced = None
-    if activations:
-        traced = trace_activations(config, config.engine.activation_checkpointing, device)
+    gathered = 0
+    if zero == 3 and world_size > 1:
+        gathered = everything if stays_gathered(settings, everything) else min(everything, bucket)
+    flattened = FLATTENED * trained if zero < 2 and world_size > 1 else 0
     return Memory(
-        weights=(trained + frozen) * low // share(3),
+        weights=everything * low // share(3),
         gradients=trained * summed // share(2),
         masters=4 * trained // share(1) if zero or low < 4 else 0,
         moments=8 * trained // share(1),
         buckets=4 * bucket * (2 if settings.get("overlap_comm") else 1),
-        update=_update(trained, largest, zero, low) // share(1),
+        gathered=low * gathered,
+        update=max(_update(trained, sizes.largest, zero, low) // share(1), flattened),
         logits=_logits(config),
         activations=traced,
         host=config.engine.offload == "cpu",
     )
+
+
+def stays_gathered(settings: Mapping[str, Any], numbers: int) -> bool:
+    """Whether ZeRO-3 keeps all weights between forward and backward pass. settings: "zero_optimization" of the file."""
+    return 2 * numbers <= int(settings.get("stage3_max_reuse_distance", REUSE_DISTANCE))
 
 
 def _update(trained: int, largest: int, zero: int, low: int) -> int:
@@ -100,15 +125,32 @@ def _update(trained: int, largest: int, zero: int, low: int) -> int:
     return 4 * largest * (2 if low == 4 and zero < 3 else 1)
 
 
-def _sizes(config: RunConfig) -> tuple[int, int, int]:
-    """Numbers that are trained, that are frozen, and of the largest group of the optimizer."""
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers in the weights: trained ones, frozen ones, those of the optimizer's largest group, those of each part of
+    the model by name, and those of each tensor."""
+
+    trained: int
+    frozen: int
+    largest: int
+    parts: Mapping[str, int]
+    tensors: tuple[int, ...]
+
+
+def sizes_of(config: RunConfig) -> Sizes:
+    """Of the model that a run trains. Raises NotTraced where it cannot be built without values."""
     model = module_without_values(config).model
     above = partial(layers_above, config=config.model)
     name = task_of(config.objectives.names).parameter_name
     groups = parameter_groups(model.named_parameters(), config.optim, name, above)
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return sum(counts), frozen, max(counts, default=0)
+    return Sizes(
+        trained=sum(counts),
+        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        largest=max(counts, default=0),
+        parts={part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()},
+        tensors=tuple(p.numel() for p in model.parameters()),
+    )
 
 
 def _logits(config: RunConfig) -> int:

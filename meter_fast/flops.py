@@ -1,16 +1,18 @@
 """Floating-point operations of a piece of code, counted from its shapes alone: no weights, no time.
 
 torch's FlopCounterMode sees neither the fused attention of a CPU nor what an operator of our own does inside, so
-attention is written out as multiplications, and our operators bring a formula.
+attention is written out as multiplications, and our operators bring a formula. Knows our operators; nothing of models,
+runs or machines.
 """
 
 from collections.abc import Callable
 from typing import TypeVar
 
-import meter_fast.kernels.cross_attention.absorbed  # noqa: F401 (defines the operators)
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+import meter_fast.kernels.cross_attention.absorbed  # noqa: F401 (defines the operators)
 
 T = TypeVar("T")
 
