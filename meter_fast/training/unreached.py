@@ -1,4 +1,4 @@
-"""Parameters that no chosen objective reaches. Knows a module and the shape of a batch, nothing of engines.
+"""Parameters that no chosen objective reaches. Knows models and the shape of a batch, nothing of engines.
 
 A parameter without a gradient is left alone by AdamW, as published, but ZeRO gives it a gradient of zeros and so weight
 decay. Freezing says the same to both.
@@ -7,24 +7,28 @@ decay. Freezing says the same to both.
 from functools import partial
 
 import torch
-from torch import nn
 
 from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, TextToText, VqaBatch
-from meter_fast.models.config import ModelConfig
+from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.meter import Meter
+from meter_fast.objectives.joint import JointLoss
+
+PLAIN = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
 
 
-def freeze_unreached(module: nn.Module, config: ModelConfig) -> list[str]:
-    """Freeze every parameter of `module` (a JointLoss, fp32, on the host) that gets no gradient from two samples.
-    Returns their names.
+def freeze_unreached(module: JointLoss, config: ModelConfig) -> list[str]:
+    """Freeze every parameter of `module` that gets no gradient from two samples. Returns their names.
+
+    config: the model's. The passes are those of a twin without values: at 576 px real ones would take seconds, and
+    more memory than the run itself.
     """
-    module.zero_grad(set_to_none=True)
-    smallest = SMALLEST.get(module.objectives[0], _two_pairs)
-    module(smallest(config)).loss.backward()
-    unreached = [name for name, p in module.named_parameters() if p.grad is None]
-    for name, parameter in module.named_parameters():
-        parameter.grad = None
-        if name in unreached:
-            parameter.requires_grad_(False)
+    with torch.device("meta"):
+        twin = JointLoss(Meter(config, load_weights=False, kernels=PLAIN), module.objectives)
+        smallest = SMALLEST.get(twin.objectives[0], _two_pairs)
+        twin(smallest(config)).loss.backward()
+    unreached = [name for name, p in twin.named_parameters() if p.grad is None]
+    for name in unreached:
+        module.get_parameter(name).requires_grad_(False)
     return unreached
 
 

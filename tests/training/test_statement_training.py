@@ -265,6 +265,16 @@ def test_nothing_is_frozen_but_what_the_task_does_not_read(task: str, fusion: st
     assert [name for name in frozen if not name.startswith(expected)] == []
 
 
+def test_what_is_not_read_is_found_without_running_the_model() -> None:
+    config = resolve(["nlvr2", "size=tiny", "fusion=encoder_decoder", *MODEL]).model
+    module, ran = JointLoss(Meter(config), ("nlvr2",)), []
+    for part in module.modules():
+        part.register_forward_pre_hook(lambda *_: ran.append(1))
+    frozen = freeze_unreached(module, config)
+    assert frozen and not ran and all(p.grad is None for p in module.parameters())
+    assert {name for name, p in module.named_parameters() if not p.requires_grad} == set(frozen)
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
