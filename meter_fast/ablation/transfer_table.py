@@ -185,7 +185,7 @@ def draw_transfer(result: dict[str, Any], path: Path) -> None:
             axis.legend(fontsize=7, frameon=False)
         axis.set_xticks(range(len(SAID)), list(SAID.values()), fontsize=7)
         axis.set_xlim(-0.5, len(SAID) - 0.5)
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, 104)
         axis.set_title(metric, fontsize=10)
         axis.grid(axis="y", color="#e3e7ee")
         axis.spines[["top", "right"]].set_visible(False)
