@@ -104,7 +104,7 @@ def check(metrics: dict[str, dict[str, float]], plan: Plan, variants: Sequence[s
 def show(case: str, metrics: dict[str, dict[str, float]]) -> None:
     """A line for each side, and what is saved."""
     print(f"{case}; ceiling {metrics[CEILING]['flop_rate'] / 1e12:.3g} TFLOP/s\n{'':12}{'ms/step':>10}{'samples/s':>11}"
-          f"{'GFLOP/sample':>14}{'MFU':>7}{'published':>11}{'peak MB':>10}{'estimate':>10}{'loss':>9}")  # fmt: skip
+          f"{'GFLOP/sample':>14}{'MFU':>7}{'published':>11}{'peak MB':>10}{'estimate':>10}{'loss':>11}")  # fmt: skip
     plain = metrics[PLAIN_VARIANT]
     for name, one in metrics.items():
         if name == CEILING:
@@ -112,7 +112,7 @@ def show(case: str, metrics: dict[str, dict[str, float]]) -> None:
         estimate = f"{one['estimated_peak_memory'] / 1e6:.0f}" if "estimated_peak_memory" in one else "-"
         print(f"{name:12}{one['time_per_step']:10.1f}{one['samples_per_second']:11.2f}"
               f"{one['flops_per_sample'] / 1e9:14.2f}{one['mfu']:7.1%}{one['published_mfu']:11.1%}"
-              f"{one['peak_memory'] / 1e6:10.0f}{estimate:>10}{one['loss']:9.4f}")  # fmt: skip
+              f"{one['peak_memory'] / 1e6:10.0f}{estimate:>10}{one['loss']:11.4f}")  # fmt: skip
         if name != PLAIN_VARIANT:
             saved, faster = plain["flops_per_sample"] / one["flops_per_sample"], one["mfu"] / plain["mfu"]
             print(f"{'':12}{plain['time_per_step'] / one['time_per_step']:.2f} x faster = {saved:.2f} x fewer FLOPs "
