@@ -15,6 +15,7 @@ from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBa
 from meter_fast.recipes import resolve
 
 ANSWERS = 3129  # of VQAv2
+FALSE_TEXTS = 15  # draw_false_text of the published retrieval
 MASKED = 0.15
 FIRST_WORD = 5  # ids below are special
 MASK = 4
@@ -85,6 +86,8 @@ def configuration(plan: Plan, plain: bool = False, compiled: bool = False) -> Ru
     settings += [f"model.vision.image_size={plan.case.image_size}"]
     if plan.case.recipe == "vqa":
         settings.append(f"model.vqa_answers={ANSWERS}")
+    if plan.case.recipe == "retrieval_coco":
+        settings.append(f"objectives.false_texts={FALSE_TEXTS}")
     config = override(resolve([plan.case.recipe, f"size={plan.size}"]), settings)
     model = replace(config.model, vision=replace(config.model.vision, weights=None))
     config = replace(config, model=replace(model, text=replace(model.text, weights=None)))
