@@ -229,7 +229,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    rows = []
     heads = "".join(f"{form + ' ' + metric:>14}" for form in ("plain", "fast") for metric in ("p50", "p95", "cpu_p50"))
     print(f"{'ms':<48}{heads}{'plain / fast':>14}{'cpu':>8}", flush=True)
     for writes, tasks in ((False, set(HEADS) - {"caption"}), (True, {"caption"})):
@@ -246,12 +245,16 @@ def main() -> None:
                 of = f", {arguments.texts} texts a picture" if several else ""
                 case = f"{arguments.size} {pixels}px {arguments.dtype} {task} batch {batch}{of}"
                 found = {form: milliseconds(some) for form, some in times.items()}
-                for form, values in found.items():
-                    rows += [dict(case=case, variant=form, metric=m, value=v, unit="ms") for m, v in values.items()]
+                rows = [
+                    dict(case=case, variant=form, metric=metric, value=value, unit="ms")
+                    for form, values in found.items()
+                    for metric, value in values.items()
+                ]
+                path = append("latency", rows)  # at once: a run of hours may be stopped
                 shown = "".join(f"{value:>14.1f}" for values in found.values() for value in values.values())
                 ratio, cpu = (found["plain"][m] / found["fast"][m] for m in ("p50", "cpu_p50"))
                 print(f"{case:<48}{shown}{ratio:>13.2f}x{cpu:>7.2f}x", flush=True)
-    print(f"rows added to {append('latency', rows)}")
+    print(f"rows added to {path}")
 
 
 if __name__ == "__main__":
