@@ -45,7 +45,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.step_time --case pretrain_288 --batch 2
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.retrieval
 	$(BIN)/python -m benchmarks.latency --size tiny

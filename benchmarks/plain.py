@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, VqaBatch
-from meter_fast.models.config import KernelsConfig
+from meter_fast.models.config import PLAIN_KERNELS
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import counts_of
 from meter_fast.objectives.losses import Losses
 from meter_fast.objectives.vqa import answer_scores
 
-PLAIN = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
+PLAIN = PLAIN_KERNELS
 
 Texts = TypeVar("Texts", PretrainBatch, VqaBatch, StatementBatch, RankedTexts)
 Told = tuple[Tensor, Tensor]  # mean loss, float32 scalar; how many were right

@@ -31,7 +31,7 @@ from benchmarks.apart import Apart, closing, rounds
 from benchmarks.record import append
 from benchmarks.step_cases import Case, Plan, configuration
 from benchmarks.step_work import counts, make_step
-from meter_fast.training.world import free_port
+from meter_fast.training.ports import free_port
 
 LONGEST = 50  # tokens that the case pads to, where the plain form is asked; the tiny model has 64 positions
 UNITS = {"flops_per_step": "FLOP", "activations": "B", "state": "B", "time_per_step": "ms", "peak_memory": "B"}

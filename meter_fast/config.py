@@ -232,22 +232,10 @@ def describe(config: Any, width: int = 110) -> str:
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError where one setting contradicts another or is out of its range."""
-    data, objectives, optim, engine, run = config.data, config.objectives, config.optim, config.engine, config.run
+    objectives, optim, engine, run = config.objectives, config.optim, config.engine, config.run
     alone = [name for name in objectives.names if name in typing.get_args(Alone)]
     rules = [
-        (bool(data.sources), "data.sources", data.sources, "name at least one source"),
-        (not data.weights or len(data.weights) == len(data.sources), "data.weights", data.weights,
-         f"give one weight for each of the {len(data.sources)} sources, or none"),
-        (all(w > 0 for w in data.weights), "data.weights", data.weights, "weights are above 0"),
-        (data.max_text_length >= 3, "data.max_text_length", data.max_text_length, "at least 3 tokens"),
-        (data.workers >= 0, "data.workers", data.workers, "0 or more"),
-        (data.prefetch >= 1, "data.prefetch", data.prefetch, "1 or more"),
-        (data.val_pairs >= 2, "data.val_pairs", data.val_pairs, "2 or more"),
-        (data.questions == "single" or objectives.names == ("vqa",), "data.questions", data.questions,
-         "only vqa reads questions; leave it at single"),
-        (data.questions_per_picture >= 0, "data.questions_per_picture", data.questions_per_picture,
-         "1 or more, or 0 for all"),
-        (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share between 0 and 1"),
+        *_data_rules(config),
         (bool(objectives.names), "objectives.names", objectives.names,
          "name at least one of mlm, itm, mim_in_batch, mim_codes, span_denoising, caption"),
         (config.model.decoder.layers > 0 or not {"span_denoising", "caption"} & set(objectives.names),
@@ -303,6 +291,26 @@ def check(config: RunConfig) -> None:
     for right, key, value, remedy in rules:
         if not right:
             raise ConfigError(f"{key}={value}: {remedy}")
+
+
+def _data_rules(config: RunConfig) -> list[tuple[bool, str, object, str]]:
+    """(whether it holds, key, value, remedy) of the settings of data."""
+    data = config.data
+    return [
+        (bool(data.sources), "data.sources", data.sources, "name at least one source"),
+        (not data.weights or len(data.weights) == len(data.sources), "data.weights", data.weights,
+         f"give one weight for each of the {len(data.sources)} sources, or none"),
+        (all(w > 0 for w in data.weights), "data.weights", data.weights, "weights are above 0"),
+        (data.max_text_length >= 3, "data.max_text_length", data.max_text_length, "at least 3 tokens"),
+        (data.workers >= 0, "data.workers", data.workers, "0 or more"),
+        (data.prefetch >= 1, "data.prefetch", data.prefetch, "1 or more"),
+        (data.val_pairs >= 2, "data.val_pairs", data.val_pairs, "2 or more"),
+        (data.questions == "single" or config.objectives.names == ("vqa",), "data.questions", data.questions,
+         "only vqa reads questions; leave it at single"),
+        (data.questions_per_picture >= 0, "data.questions_per_picture", data.questions_per_picture,
+         "1 or more, or 0 for all"),
+        (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share between 0 and 1"),
+    ]  # fmt: skip
 
 
 def _join(path: str, name: str) -> str:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from meter_fast.data.batch import PretrainBatch, TextToText
 from meter_fast.models.config import (
+    PLAIN_KERNELS,
     DecoderConfig,
     FusionConfig,
     KernelsConfig,
@@ -15,7 +16,7 @@ from meter_fast.models.config import (
 from meter_fast.models.meter import Meter
 
 WORDS, END = 50, 2
-PLAIN = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
+PLAIN = PLAIN_KERNELS
 NAMES = ("span_denoising", "itm", "caption")
 
 

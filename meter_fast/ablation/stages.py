@@ -18,6 +18,7 @@ from meter_fast.ablation.rows import Launch, PlannedRow, Stage
 from meter_fast.config import ConfigError
 from meter_fast.training.interruption import EXIT_INTERRUPTED, SIGNALS
 from meter_fast.training.monitor import RUN_FILE, duration, replace_text
+from meter_fast.training.ports import free_port
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
 SHOWN = ("step ", "pictures ", "held out", "warning", "error", "stopped")
@@ -178,7 +179,7 @@ def command_of(stage: Stage, launch: Launch) -> tuple[list[str], dict[str, str]]
     if not gpus and not hostfile:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     where = ["--hostfile", hostfile] if hostfile else ["--num_gpus", str(count)]
-    port = ["--master_port", str(_free_port())]
+    port = ["--master_port", str(free_port())]
     words = [sys.executable, _launcher(), *where, *port, "--no_local_rank", "--module", "meter_fast.train"]
     return [*words, *stage.command[1:]], environment
 
@@ -196,11 +197,3 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]

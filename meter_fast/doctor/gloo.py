@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from meter_fast.doctor.finding import Asked, Finding, fine
-from meter_fast.doctor.network import address, free_port
+from meter_fast.doctor.network import address
+from meter_fast.training.ports import free_port
 
 MET = "all-reduce over gloo: "
 

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from meter_fast.doctor.finding import Asked, Finding, fine, unknown
+from meter_fast.training.ports import free_port
 
 SECONDS = 10
 LOOPBACK = "127."
@@ -101,12 +102,6 @@ def _holder(number: int) -> str:
     except (psutil.Error, OSError):
         return ""
     return f", held by process {found[0].pid}" if found and found[0].pid else ""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def address(asked: Asked) -> Iterator[Finding | tuple[str, Any]]:

@@ -254,6 +254,10 @@ class KernelsConfig:
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) == "auto"})
 
 
+PLAIN_KERNELS = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
+"""Torch's operators in the form of the published model."""
+
+
 def base() -> ModelConfig:
     """CLIP ViT-B/16 at 288 px, roberta-base, 6 fusion layers: the published model, 358 M parameters."""
     return ModelConfig()

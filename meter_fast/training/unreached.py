@@ -9,11 +9,9 @@ from functools import partial
 import torch
 
 from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, TextToText, VqaBatch
-from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.config import PLAIN_KERNELS, ModelConfig
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import JointLoss
-
-PLAIN = KernelsConfig("reference", "direct", "padded", "reference", "reference", "reference")
 
 
 def freeze_unreached(module: JointLoss, config: ModelConfig) -> list[str]:
@@ -23,7 +21,7 @@ def freeze_unreached(module: JointLoss, config: ModelConfig) -> list[str]:
     more memory than the run itself.
     """
     with torch.device("meta"):
-        twin = JointLoss(Meter(config, load_weights=False, kernels=PLAIN), module.objectives)
+        twin = JointLoss(Meter(config, load_weights=False, kernels=PLAIN_KERNELS), module.objectives)
         smallest = SMALLEST.get(twin.objectives[0], _two_pairs)
         twin(smallest(config)).loss.backward()
     unreached = [name for name, p in twin.named_parameters() if p.grad is None]

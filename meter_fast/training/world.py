@@ -8,7 +8,6 @@ own on the host, so that agreeing on them never waits for the accelerator.
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from meter_fast.training.ports import free_port
 
 
 class StoppedTogether(RuntimeError):
@@ -147,10 +148,3 @@ def start(timeout_seconds: int) -> World:
     on_host = dist.get_backend() == "gloo"
     host = dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, host)
-
-
-def free_port() -> int:
-    """One of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -63,3 +63,8 @@ def stand_ins(folder: Path) -> dict[str, str]:
     distribution(folder / "older", "torch", "2.1.0")
     path = f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {"PATH": path, "STAND_IN": str(folder)}
+
+
+def found(probe, ask) -> dict[str, Finding]:
+    """The findings of one probe by name."""
+    return {one.name: one for one in probe(ask) if isinstance(one, Finding)}

@@ -9,7 +9,7 @@ from asking import distribution
 from meter_fast.cli import main
 from meter_fast.cli_doctor import data_folder
 from meter_fast.config import DataConfig
-from meter_fast.doctor.network import free_port
+from meter_fast.training.ports import free_port
 
 
 def doctor(tmp_path, *words: str) -> int:

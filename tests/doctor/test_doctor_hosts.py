@@ -16,7 +16,7 @@ from meter_fast.doctor.command import _marker
 from meter_fast.doctor.finding import Finding, Report
 from meter_fast.doctor.hostfile import read, wrong_line
 from meter_fast.doctor.hosts import clock_finding, differences, line_for, look, ssh
-from meter_fast.doctor.network import free_port
+from meter_fast.training.ports import free_port
 
 
 class Ran:
