@@ -2,15 +2,29 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.apart import Apart, Work, closing, rounds
 from benchmarks.step_cases import CASES, Plan, configuration, make_batch
 from benchmarks.step_time import CEILING, UNITS, _metrics, check, count, measure, said
-from benchmarks.step_work import PLAIN_VARIANT
+from benchmarks.step_work import PLAIN_VARIANT, largest_resident
 
 KNOWN = {"plain": 600.0, "fast": 200.0, "estimated_peak": 7.0, "activations": 1.0, "state": 2.0}
 ROUNDS = [{"seconds": seconds, "loss": 1.5, "peak": peak} for seconds, peak in ((4.0, 5.0), (2.0, 9.0), (3.0, 6.0))]
+
+
+def make_witness() -> Work:
+    return lambda: {"peak": float(largest_resident())}
+
+
+def test_peak_memory_of_a_process_is_its_own() -> None:
+    held = np.ones(1 << 28)  # 2 GiB in this process, far more than the other one takes
+    sides = [Apart(make_witness)]
+    with closing(sides):
+        (found,) = rounds({"witness": sides}, 1)["witness"]
+    assert 0 < found["peak"] < held.nbytes
 
 
 def test_numbers_of_a_side() -> None:
