@@ -81,6 +81,19 @@ def rounds(groups: Mapping[str, Sequence[Apart]], count: int) -> dict[str, list[
     return found
 
 
+def rounds_one_at_a_time(sides: Mapping[str, Callable[[], Apart]], count: int) -> dict[str, list[dict[str, float]]]:
+    """The same of sides that do not fit into memory beside each other: each is started for each round, goes once for
+    what happens once, goes, and is ended before the next one starts."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(count):
+        for name, start in sides.items():
+            side = start()
+            with closing([side]):
+                side.go()
+                found[name].append(side.go())
+    return found
+
+
 def _serve(pipe: Connection, make: Callable[..., Work], arguments: Sequence[Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     try:

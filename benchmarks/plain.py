@@ -8,6 +8,7 @@ picture for each of its texts; attention writes its scores out. Optimizer and en
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, VqaBatch
+from meter_fast.models.blocks import ResidualNorm
 from meter_fast.models.config import PLAIN_KERNELS
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import counts_of
@@ -35,6 +37,9 @@ class PlainLoss(nn.Module):
         super().__init__()
         self.model = model
         self.objectives = tuple(objectives)
+        for module in model.modules():
+            if isinstance(module, ResidualNorm):
+                module.forward = partial(_residual_norm, module)
 
     def forward(self, batch: Batch, totals: Mapping[str, float] | None = None) -> Losses:
         """totals: what summed losses are divided by, by objective; without them, means are over the batch itself."""
@@ -45,6 +50,12 @@ class PlainLoss(nn.Module):
         metrics = {name: (right, right.new_full((), counts[name])) for name, (_, right) in told.items()}
         parts = {name: value.detach() for name, value in losses.items()}
         return Losses(torch.stack(list(losses.values())).sum(), parts, metrics)
+
+
+def _residual_norm(norm: ResidualNorm, x: Tensor, bias: None, residual: Tensor) -> Tensor:
+    """With torch's own dropout."""
+    assert bias is None  # of PLAIN kernels
+    return nn.LayerNorm.forward(norm, residual + F.dropout(x, norm.dropout, norm.training))
 
 
 def plain_losses(model: Meter, batch: Batch, objectives: Sequence[str] = ("mlm", "itm")) -> dict[str, Tensor]:

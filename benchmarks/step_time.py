@@ -3,6 +3,7 @@
     python -m benchmarks.step_time [--case pretrain_288 vqa_576_5] [--size base] [--batch 4] [--dtype bf16] [--rounds 3]
     python -m benchmarks.step_time --variant eager compiled cuda_graphs --batch 32 --steps 20      # on a GPU
     python -m benchmarks.step_time --case vqa_576 --batch 2 --text-tokens 50 --checkpointing    # against the estimate
+    python -m benchmarks.step_time --variant plain_kept eager --one-at-a-time --batch 12   # much memory
     python -m benchmarks.step_time --flops-only
 
 Plain is the published procedure in torch's operators (`benchmarks/plain.py`) on the published loader's batch: texts
@@ -12,12 +13,13 @@ the real engine, with the recipe's dropout, in the same precision; published run
 
 Each side is a process of its own, so that its peak memory is its own; rounds alternate, so that a slow spell of the
 machine meets all, and products of large matrices, in a process too, go with them: the ceiling that utilisation is a
-share of. On a GPU a side gives its free memory back after each round; on a host both keep theirs, at size base 6 GB
-each and the activations. Metrics, of each side:
+share of. On a GPU a side gives its free memory back after each round; on a host both keep theirs, unless they run
+--one-at-a-time. On a CPU our runs keep the memory that they free (`meter_fast/host_memory.py`), and plain does not;
+variant plain_kept is plain with that one thing, too. Metrics, of each side:
 
-- time_per_step (median of the rounds), samples_per_second, loss (of the last round), peak_memory: of a GPU all that was
-  allocated, of a host what came after the start; estimated_peak_memory: what the start banner says of ours, where
-  every text has a picture of its own, as the estimate assumes.
+- time_per_step (median of the rounds), samples_per_second, loss (of the last round), peak_memory: of the steps, on a
+  GPU all that was allocated, on a host without what the libraries took before; estimated_peak_memory: what the start
+  banner says of ours, where every text has a picture of its own, as the estimate assumes.
 - flops_per_sample: of forward and backward, counted from shapes (`meter_fast/flops.py`); what --checkpointing computes
   again does not count, and the update has next to none.
 - mfu: flops_per_sample x samples_per_second / ceiling. It falls when work is removed and the rest does not get faster.
@@ -29,29 +31,35 @@ each and the activations. Metrics, of each side:
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from benchmarks.apart import Apart, closing, rounds
+from benchmarks.apart import Apart, closing, rounds, rounds_one_at_a_time
 from benchmarks.record import append
 from benchmarks.step_cases import CASES, Plan
-from benchmarks.step_work import PLAIN_VARIANT, VARIANTS, make_step, make_yardstick, step_flops
+from benchmarks.step_work import PLAIN, PLAIN_VARIANT, VARIANTS, make_step, make_yardstick, step_flops
 
 CEILING = "matrix product"
 SAME_LOSS = {"fp32": 1e-4, "bf16": 3e-2}  # relative, without dropout
 SAME_LOSS_DROPOUT = 0.1
 
 
-def measure(plan: Plan, variants: Sequence[str], count: int, steps: int) -> dict[str, dict[str, float]]:
+def measure(
+    plan: Plan, variants: Sequence[str], count: int, steps: int, one_at_a_time: bool = False
+) -> dict[str, dict[str, float]]:
     """By variant, its metrics; the plain form is one of them, and so is the ceiling. Raises RuntimeError where a side
     fails or the losses of both forms differ."""
-    sides: list[Apart] = []
-    with closing(sides):
-        for name in (PLAIN_VARIANT, *variants):
-            sides.append(Apart(make_step, plan, name, steps))
-        sides.append(Apart(make_yardstick, plan))
-        names = (PLAIN_VARIANT, *variants, CEILING)
-        found = rounds({name: [side] for name, side in zip(names, sides, strict=True)}, count)
+    makers = {name: partial(Apart, make_step, plan, name, steps) for name in (PLAIN_VARIANT, *variants)}
+    makers[CEILING] = partial(Apart, make_yardstick, plan)
+    if one_at_a_time:
+        found = rounds_one_at_a_time(makers, count)
+    else:
+        sides: list[Apart] = []
+        with closing(sides):
+            for start in makers.values():
+                sides.append(start())
+            found = rounds({name: [side] for name, side in zip(makers, sides, strict=True)}, count)
     yardstick = found.pop(CEILING)
     ceiling, known = max(result["flop_rate"] for result in yardstick), yardstick[0]
     metrics = {name: _metrics(results, known, name, plan, ceiling) for name, results in found.items()}
@@ -69,7 +77,7 @@ def count(plan: Plan) -> dict[str, dict[str, float]]:
 
 def _metrics(results: list[dict[str, float]], known: dict[str, float], name: str, plan: Plan, ceiling: float) -> dict:
     seconds = statistics.median(result["seconds"] for result in results)
-    flops = known[PLAIN_VARIANT if name == PLAIN_VARIANT else "fast"] / plan.batch
+    flops = known[PLAIN_VARIANT if name in PLAIN else "fast"] / plan.batch
     rate = plan.batch / seconds
     metrics = {  # the first one is in every run: see record.runs
         "flops_per_sample": flops,
@@ -80,7 +88,7 @@ def _metrics(results: list[dict[str, float]], known: dict[str, float], name: str
         "mfu": flops * rate / ceiling,
         "published_mfu": known[PLAIN_VARIANT] / plan.batch * rate / ceiling,
     }
-    if name != PLAIN_VARIANT and plan.case.texts_per_picture == 1:
+    if name not in PLAIN and plan.case.texts_per_picture == 1:
         metrics["estimated_peak_memory"] = known["estimated_peak"]
     return metrics
 
@@ -137,6 +145,7 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=13, help="of an average text, specials included")
     parser.add_argument("--checkpointing", action="store_true", help="ours keeps only each block's input")
     parser.add_argument("--flops-only", action="store_true", help="count, run nothing")
+    parser.add_argument("--one-at-a-time", action="store_true", help="for sides that do not fit beside each other")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="of a round, of which the mean counts")
     arguments = parser.parse_args()
@@ -159,7 +168,9 @@ def main() -> None:
                       f"{plain / ours:.2f} x fewer")  # fmt: skip
             else:
                 try:
-                    metrics = measure(plan, arguments.variant, arguments.rounds, arguments.steps)
+                    metrics = measure(
+                        plan, arguments.variant, arguments.rounds, arguments.steps, arguments.one_at_a_time
+                    )
                 except RuntimeError as error:
                     raise SystemExit(f"{case}: {error}") from error
                 show(case, metrics)

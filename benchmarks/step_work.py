@@ -16,11 +16,13 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from benchmarks.apart import Work
-from benchmarks.plain import PLAIN, PlainLoss, as_published
+from benchmarks.plain import PLAIN as PLAIN_KERNELS
+from benchmarks.plain import PlainLoss, as_published
 from benchmarks.step_cases import Plan, configuration, make_batch
 from meter_fast.config import RunConfig
 from meter_fast.data.batch import Batch
 from meter_fast.flops import count_flops
+from meter_fast.host_memory import keep_freed_memory
 from meter_fast.interop import original_name
 from meter_fast.objectives.joint import counts_of
 from meter_fast.training import world as worlds
@@ -30,26 +32,34 @@ from meter_fast.training.memory import estimate_memory
 from meter_fast.training.tasks import task_of
 
 PLAIN_VARIANT = "plain"
-VARIANTS = ("eager", "compiled", "cuda_graphs")
+PLAIN = (PLAIN_VARIANT, "plain_kept")
+VARIANTS = ("eager", "compiled", "cuda_graphs", "plain_kept")
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the ceiling
 PRODUCTS = 8  # of which the fastest counts
 
 
 def make_step(plan: Plan, variant: str, steps: int = 1) -> Work:
     """An optimizer step by the real engine, one of `world` processes. Gives seconds of one of `steps` steps, the loss
-    of the last, and the largest memory so far, in bytes: of a GPU all of it, of a host what has come since the start.
+    of the last, and the largest memory of the steps so far, in bytes: of a GPU all of it, of a host what has come since
+    the start.
     """
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # scores in bf16 where all is; torch's default is fp32
     if variant == "cuda_graphs":
         inductor.triton.cudagraphs = True
     world = worlds.start(600)
     before = largest_resident()
-    plain = variant == PLAIN_VARIANT
+    plain = variant in PLAIN
     config = configuration(plan, plain, variant in ("compiled", "cuda_graphs"))
     torch.manual_seed(0)
     engine, batch = _engine(config, world, plain), published_or_ours(plan, config, plain)
     counts = {name: float(count * plan.world) for name, count in counts_of(engine.objectives, [batch]).items()}
     cuda, taken = world.device.type == "cuda", 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        forget_largest_resident()
+        if variant != PLAIN_VARIANT:
+            keep_freed_memory()
 
     def step() -> object:
         nonlocal taken
@@ -101,6 +111,11 @@ def largest_resident() -> int:
     return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1])
 
 
+def forget_largest_resident() -> None:
+    """From now on `largest_resident` is what comes: building takes more than steps do. Linux, see proc(5)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def make_yardstick(plan: Plan) -> Work:
     """The fastest of some products of large square matrices, the FLOP/s that the device reaches at its best; and beside
     it `counts(plan)`."""
@@ -138,7 +153,7 @@ def step_flops(plan: Plan, plain: bool) -> int:
     longest, in the form of cross-attention that this machine's device takes."""
     config = configuration(plan, plain)
     if not plain:
-        config = replace(config, kernels=replace(PLAIN, cross_attention_form=_form(plan, config)))
+        config = replace(config, kernels=replace(PLAIN_KERNELS, cross_attention_form=_form(plan, config)))
     module: nn.Module = module_without_values(config)
     if plain:
         module = PlainLoss(module.model, config.objectives.names)

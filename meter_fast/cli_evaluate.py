@@ -60,8 +60,10 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         given = getattr(arguments, option)
         if given is not None and given < least:
             raise ValueError(f"--{option} {given}: give {least} or more")
+    from meter_fast.host_memory import keep_freed_memory
     from meter_fast.submission import check_place, write_json
 
+    keep_freed_memory()
     if arguments.json is not None:
         check_place(arguments.json)
     if task == "retrieval":

@@ -47,6 +47,8 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def run_predict(arguments: argparse.Namespace) -> int:
+    from meter_fast.host_memory import keep_freed_memory
     from meter_fast.predict.command import predict
 
+    keep_freed_memory()
     return predict(arguments)

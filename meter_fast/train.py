@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from meter_fast.config import ConfigError, RunConfig, describe, to_dict
 from meter_fast.data.batch import Batch
+from meter_fast.host_memory import keep_freed_memory
 from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
 from meter_fast.training import banner, checkpoint, world
@@ -311,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         expect_progress(config.run.hang_seconds)
         run = prepare(config, world.start(config.run.hang_seconds))
         run.stop.listen()
+        if run.world.device.type == "cpu":
+            keep_freed_memory()
         return fit(run)
     except StoppedTogether:
         return EXIT_WRONG

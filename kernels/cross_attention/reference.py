@@ -9,17 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropout import STREAM_IMAGE_TO_TEXT, STREAM_TEXT_TO_IMAGE, keep_mask
+from ..dropout import dropout as drop
 from ..segments import Segments
+from .blocked import blocked_attention
 
-# On a CPU the plain form is the faster one up to this many scores per head (2 cores with AVX-512, torch 2.14): torch's
-# fused operator takes 1.5 to 6 times as long on short sequences, and its backward in bfloat16 up to 11 times.
+# On a CPU the plain form is the faster one up to this many scores per head (2 cores with AVX-512, torch 2.14).
 PLAIN_UP_TO = 64 * 64
-PLAIN_UP_TO_BF16_TRAINING = 512 * 512
 
 
-def is_fused(device_type: str, queries: int, keys: int, bf16_training: bool) -> bool:
-    """Whether `attention` calls torch's fused operator: always off the CPU, and on it for long sequences."""
-    return device_type != "cpu" or queries * keys > (PLAIN_UP_TO_BF16_TRAINING if bf16_training else PLAIN_UP_TO)
+def attention_form(device_type: str, queries: int, keys: int, bf16_training: bool, dropout: float) -> str:
+    """How `attention` computes: "fused", torch's operator: always off the CPU; "plain" for short sequences; "blocked".
+
+    torch's fused operator of a CPU has no dropout (it would write all scores out), and its backward in bfloat16 takes
+    1.6 times as long as the blocked form's; in float32 without dropout it is the faster one, by a third.
+    """
+    if device_type != "cpu" or not (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):
+        return "fused"  # without its fused operators, where the caller's sdpa_kernel() says so: torch's plain one
+    if queries * keys <= PLAIN_UP_TO:
+        return "plain"
+    return "blocked" if dropout or bf16_training else "fused"
 
 
 def attention(
@@ -31,10 +39,13 @@ def attention(
     where a key may be read (None: all); dropout: share of the weights that are dropped.
     """
     bf16_training = query.dtype == torch.bfloat16 and query.requires_grad
-    if is_fused(query.device.type, query.shape[-2], key.shape[-2], bf16_training):
+    form = attention_form(query.device.type, query.shape[-2], key.shape[-2], bf16_training, dropout)
+    if form == "fused":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)
+    if form == "blocked":
+        return blocked_attention(query, key, value, key_mask, dropout)
     weights = attention_weights(query, key, key_mask).to(value.dtype)
-    return F.dropout(weights, dropout, dropout > 0) @ value
+    return (drop(weights, dropout) if dropout else weights) @ value
 
 
 def attention_weights(query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:

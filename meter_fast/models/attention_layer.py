@@ -13,7 +13,7 @@ from timm.models.beit import Attention as TimmBeitAttention
 from timm.models.swin_transformer import WindowAttention as TimmWindowAttention
 from torch import Tensor
 
-from meter_fast.kernels.cross_attention.reference import attention, is_fused
+from meter_fast.kernels.cross_attention.reference import attention, attention_form
 
 
 class SelfAttention(Attention):
@@ -54,7 +54,7 @@ class BeitAttention(TimmBeitAttention):
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """softmax(Q Kᵀ / √K + bias) V: query, key, value [B,H,T,K], bias [1,H,T,T] -> [B,H,T,K], in the dtype of value."""
     bf16_training = query.dtype == torch.bfloat16 and query.requires_grad
-    if is_fused(query.device.type, query.shape[-2], key.shape[-2], bf16_training):
+    if attention_form(query.device.type, query.shape[-2], key.shape[-2], bf16_training, 0.0) == "fused":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + bias
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value

@@ -3,14 +3,18 @@
 Shape letters: P pairs, T and U tokens, H heads, D fusion width. Source: Vaswani et al. 2017, section 3; as in BERT.
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meter_fast.kernels.cross_attention.reference import attention_weights
+from meter_fast.kernels.dropout import dropout as drop
 from meter_fast.kernels.gelu.op import bias_gelu
 from meter_fast.kernels.residual_norm.op import residual_norm
 from meter_fast.models.config import FusionConfig, KernelsConfig
 from meter_fast.models.heads import LAYER_NORM_EPS
+from meter_fast.models.recomputed import activated
 from meter_fast.models.sides import Side, attend_within, split_heads
 
 
@@ -49,7 +53,8 @@ class ResidualNorm(nn.LayerNorm):
             dropout = self.dropout if self.training else 0.0
             return residual_norm(x, bias, residual, self.weight, self.bias, self.eps, dropout)
         x = x if bias is None else x + bias
-        return super().forward(residual + F.dropout(x, self.dropout, self.training))
+        x = drop(x, self.dropout) if self.training and self.dropout else x
+        return super().forward(residual + x)
 
 
 class SelfAttention(nn.Module):
@@ -83,7 +88,11 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """LayerNorm(x + W_2 gelu(W_1 x)), 4 x wide."""
+    """LayerNorm(x + W_2 gelu(W_1 x)), 4 x wide.
+
+    keep_activation: for a layer that is a checkpoint itself: nothing may hold its tensors."""
+
+    keep_activation = False
 
     def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
@@ -93,4 +102,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, bias = self.up(x)
-        return self.norm(*self.down(F.gelu(up) if bias is None else bias_gelu(up, bias)), x)
+        activation = F.gelu if bias is None else partial(bias_gelu, bias=bias)
+        return self.norm(*activated(self.down, activation, up, self.keep_activation), x)

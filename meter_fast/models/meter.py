@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from meter_fast.kernels.cross_attention.reference import is_fused
+from meter_fast.kernels.cross_attention.reference import attention_form
+from meter_fast.models.blocks import FeedForward
 from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import KernelsConfig, ModelConfig
 from meter_fast.models.decoder import TextDecoder
@@ -17,6 +18,7 @@ from meter_fast.models.fusion import Fused, Need, Part, spread_texts
 from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, RankHead, init_new_weights
 from meter_fast.models.merged_attention import MergedAttention
 from meter_fast.models.packing import Packing
+from meter_fast.models.recomputed import RecomputedMlp
 from meter_fast.models.text import build_text, can_pack, encode_packed, encode_padded, set_text_checkpointing
 from meter_fast.models.text_families import FAMILIES
 from meter_fast.models.vision import build_vision
@@ -173,10 +175,13 @@ class Meter(nn.Module):
         self.fusion.activation_checkpointing = on
         if self.decoder is not None:
             self.decoder.activation_checkpointing = on
+        for module in self.modules():
+            if isinstance(module, FeedForward | RecomputedMlp):
+                module.keep_activation = on
 
     def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
-        """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's) or "plain";
-        "timm" where it is more than softmax(Q Kᵀ) V and timm's own layer computes it."""
+        """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's), "blocked" or
+        "plain"; "timm" where it is more than softmax(Q Kᵀ) V and timm's own layer computes it."""
         texts, images = text_length, self.config.vision.tokens
         sizes = {"vision": (images, images), "text": (texts, texts)}
         if self.config.fusion.name == "merged_attention":
@@ -185,7 +190,11 @@ class Meter(nn.Module):
             sizes |= {"fusion, text to image": (texts, images), "fusion, image to image": (images, images)}
         if self.config.decoder.layers:
             sizes |= {"decoder": (texts, texts), "decoder to image": (texts, images)}
-        forms = {part: "fused" if is_fused(device_type, *size, bf16) else "plain" for part, size in sizes.items()}
+        dropout = {"vision": 0.0, "text": self.config.text.dropout}
+        forms = {
+            part: attention_form(device_type, *size, bf16, dropout.get(part, self.config.fusion.dropout))
+            for part, size in sizes.items()
+        }
         if self.config.vision.name in ATTENTION_OF_TIMM:
             forms["vision"] = "timm"
         if FAMILIES[self.config.text.name].attention == "eager":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from meter_fast.models.attention_layer import BeitAttention, SelfAttention, WindowAttention
 from meter_fast.models.config import VisionConfig
+from meter_fast.models.recomputed import RecomputedMlp
 
 STAGES = 4
 OUTLOOK_HEAD_WIDTH = 32
@@ -67,12 +68,12 @@ class FixedBatchNorm(nn.Module):
 
 def build_vit(config: VisionConfig) -> VisionTransformer:
     """ViT and DeiT (Dosovitskiy et al. 2021; Touvron et al. 2021): pre-norm, GELU, LayerNorm eps 1e-6."""
-    return VisionTransformer(global_pool="", **_common(config), attn_layer=SelfAttention)
+    return VisionTransformer(global_pool="", **_common(config), attn_layer=SelfAttention, mlp_layer=RecomputedMlp)
 
 
 def build_deit_distilled(config: VisionConfig) -> DistilledTransformer:
     """DeiT with a distillation token after the class token (Touvron et al. 2021, section 4)."""
-    return DistilledTransformer(**_common(config), attn_layer=SelfAttention)
+    return DistilledTransformer(**_common(config), attn_layer=SelfAttention, mlp_layer=RecomputedMlp)
 
 
 def build_cait(config: VisionConfig) -> Cait:

@@ -25,8 +25,9 @@ class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay in the arithmetic of the published runs (transformers 4.6, `AdamW`).
 
     It differs from torch's: eps is added to sqrt(v) before the bias correction, and the decay comes after the
-    update and takes the updated weights. A parameter without a gradient is left alone. State: exp_avg and
-    exp_avg_sq, fp32, in the shape of the parameter; nothing else.
+    update and takes the updated weights. torch's fused kernel computes it all the same, in one pass over the memory.
+    A parameter without a gradient is left alone. State: exp_avg and exp_avg_sq, fp32, in the shape of the parameter;
+    nothing else.
 
     The number of the update (1 for the first) stands in the group, `group["step"]`, and is set from outside: ZeRO
     calls `step()` once for each piece of a group, so counting here would count the pieces. `step()` at number 0
@@ -61,20 +62,26 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
-        means = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
         beta1, beta2 = group["betas"]
-        torch._foreach_mul_(means, beta1)
-        torch._foreach_add_(means, grads, alpha=1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_add_(denominators, group["eps"])
-        correction = math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"])
-        torch._foreach_addcdiv_(params, means, denominators, value=-group["lr"] * correction)
+        # torch divides sqrt(v) by the bias correction first: with eps divided by it, too, both are the same quotient.
+        eps = group["eps"] / math.sqrt(1 - beta2 ** group["step"])
+        torch._fused_adamw_(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [torch.full((), group["step"], dtype=torch.float32, device=p.device) for p in params],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
         if group["weight_decay"] > 0:
-            torch._foreach_add_(params, params, alpha=-group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
 
 def group_of(published_name: str) -> int:

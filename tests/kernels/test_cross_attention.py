@@ -6,7 +6,8 @@ import pytest
 import torch
 from golden_cases import relative
 from meter_fast.kernels.cross_attention import reference
-from meter_fast.kernels.cross_attention.reference import attention, attention_weights, is_fused
+from meter_fast.kernels.cross_attention.reference import attention, attention_form, attention_weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def inputs(queries: int, keys: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -25,11 +26,12 @@ def plain_maths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mas
 
 
 def test_which_form_is_used() -> None:
-    assert not is_fused("cpu", 50, 50, False)
-    assert is_fused("cpu", 325, 325, False)
-    assert not is_fused("cpu", 325, 325, True)
-    assert is_fused("cpu", 1297, 1297, True)
-    assert is_fused("cuda", 1, 1, True)
+    assert attention_form("cpu", 50, 50, False, 0.1) == attention_form("cpu", 50, 50, True, 0.0) == "plain"
+    assert attention_form("cpu", 325, 325, False, 0.0) == "fused"
+    assert attention_form("cpu", 325, 325, False, 0.1) == attention_form("cpu", 325, 325, True, 0.0) == "blocked"
+    assert attention_form("cuda", 1, 1, True, 0.1) == "fused"
+    with sdpa_kernel(SDPBackend.MATH):  # whoever asks for torch's plain operator gets it
+        assert attention_form("cpu", 325, 325, True, 0.1) == "fused"
 
 
 def test_weights_by_hand() -> None:
@@ -44,11 +46,11 @@ def test_weights_by_hand() -> None:
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 7), (1, 37), (17, 1), (13, 50)])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("form", ["fused", "plain"])
-def test_both_forms_equal_the_plain_maths(
+@pytest.mark.parametrize("form", ["fused", "plain", "blocked"])
+def test_all_forms_equal_the_plain_maths(
     queries: int, keys: int, masked: bool, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "PLAIN_UP_TO", 0 if form == "fused" else 10**6)
+    monkeypatch.setattr(reference, "attention_form", lambda *_: form)
     query, key, value, mask = inputs(queries, keys, torch.float32)
     mask = mask if masked else None
     results = []
@@ -62,9 +64,9 @@ def test_both_forms_equal_the_plain_maths(
         assert relative(fused, plain) < 2e-6 or (fused - plain).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("limit", [0, 10**6], ids=["fused", "plain"])
-def test_masked_keys_are_not_read(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "PLAIN_UP_TO", limit)
+@pytest.mark.parametrize("form", ["fused", "plain", "blocked"])
+def test_masked_keys_are_not_read(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "attention_form", lambda *_: form)
     query, key, value, mask = inputs(3, 9)
     with torch.no_grad():
         before = attention(query, key, value, mask)
@@ -82,9 +84,9 @@ def test_weights_are_float32_from_bfloat16() -> None:
     assert not weights[1, ..., 5:].any()
 
 
-@pytest.mark.parametrize("limit", [0, 10**6], ids=["fused", "plain"])
-def test_dropout_keeps_the_mean(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "PLAIN_UP_TO", limit)
+@pytest.mark.parametrize("form", ["fused", "plain", "blocked"])
+def test_dropout_keeps_the_mean(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "attention_form", lambda *_: form)
     query, key, value, _ = inputs(4, 6, torch.float32)
     torch.manual_seed(0)
     mean = torch.stack([attention(query, key, value, None, 0.3) for _ in range(400)]).mean(0)

@@ -5,7 +5,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from meter_fast.kernels.dropout import draw_seed, keep_mask, keep_tile, threshold
+from meter_fast.kernels import dropout as room
+from meter_fast.kernels.dropout import (
+    draw_seed,
+    dropout,
+    host_generator,
+    host_mask,
+    host_share,
+    keep_mask,
+    keep_tile,
+    threshold,
+)
 
 
 def philox_by_hand(key: int, counter: tuple[int, int, int, int]) -> list[int]:
@@ -66,3 +76,53 @@ def test_share_and_independence():
 def test_bad_share(p: float):
     with pytest.raises(ValueError, match="dropout="):
         threshold(p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.0])
+@pytest.mark.parametrize("count", [1, 4 * 50_000 + 3])
+def test_share_of_the_host_mask(p: float, count: int):
+    kept = host_mask(host_generator(draw_seed(torch.device("cpu"))), (count,), p)
+    assert kept.shape == (count,) and kept.dtype == torch.bool
+    sigma = (p * (1 - p) / count) ** 0.5
+    assert abs(kept.double().mean().item() - (1 - p)) <= 5 * sigma + 1 / 65536
+    for lag in range(1, 5) if count > 1 and p else ():  # four neighbours come from one number
+        assert abs(np.corrcoef(kept[lag:].double(), kept[:-lag].double())[0, 1]) < 5 / count**0.5
+
+
+def test_host_masks_differ_by_seed_and_stream_and_repeat():
+    masks = [host_mask(host_generator(torch.tensor([seed]), stream), (8, 100), 0.5)
+             for seed, stream in ((1, 0), (1, 1), (2, 0), (2**62 - 1, 2))]  # fmt: skip
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+    assert torch.equal(masks[0], host_mask(host_generator(torch.tensor([1]), 0), (8, 100), 0.5))
+
+
+def test_the_mask_of_a_machine_without_kernels(monkeypatch: pytest.MonkeyPatch):
+    seed = torch.tensor([5])
+    counters = keep_mask(seed, 2, 30, 7, 1, 0.5)
+    monkeypatch.setattr(room, "is_interpreted", lambda: False)
+    assert torch.equal(keep_mask(seed, 2, 30, 7, 1, 0.5), host_mask(host_generator(seed, 1), (2, 30, 7), 0.5))
+    assert not torch.equal(keep_mask(seed, 2, 30, 7, 1, 0.5), counters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dropout_scales_and_repeats_in_backward(dtype: torch.dtype):
+    x = torch.randn(70, 50, dtype=dtype, requires_grad=True)
+    y = dropout(x, 0.3)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    scale = 65536 / (65536 - host_share(0.3))
+    kept = y != 0
+    assert torch.equal(gradient, kept * torch.tensor(scale, dtype=dtype))
+    assert torch.allclose(y, x * scale * kept, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert abs(kept.double().mean() - 0.7) < 0.05
+    assert not torch.equal(dropout(x, 0.3), y)
+    assert dropout(x, 0.0) is x
+
+
+def test_dropout_is_an_operator_like_others():
+    x = torch.randn(3, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.meter_fast.host_dropout, (x, torch.tensor([3]), 0.5))
+
+
+def test_a_share_that_keeps_nothing():
+    with pytest.raises(ValueError, match="nothing would be kept"):
+        host_share(1 - 1e-9)

@@ -48,18 +48,16 @@ def test_logits_and_losses(case: GoldenCase) -> None:
     assert [value.item() for value in losses.metrics["itm"]] == [right.item(), len(batch)]
 
 
-@pytest.mark.parametrize("form", ["plain", "fused", "float64"])
+@pytest.mark.parametrize("form", ["plain", "fused", "blocked", "float64"])
 def test_gradients(case: GoldenCase, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, in both forms of attention in float32, and in float64, where only the golden's own rounding is left.
+    """All of them, in all forms of attention in float32, and in float64, where only the golden's own rounding is left.
 
     In float32, gradients that nearly cancel (norm below 1e-4, of 6 in all: two tensors) move by 1e-6 to 5e-6 with the
     order of sums, so with the processor too; they may take four times the tolerance. float64 makes no exception.
     """
-    if form == "fused":
-        monkeypatch.setattr(reference, "PLAIN_UP_TO", 0)
+    if form != "float64":
+        monkeypatch.setattr(reference, "attention_form", lambda *_: form)
     dtype = torch.float64 if form == "float64" else torch.float32
-    backends = set(case.model.attention_backends("cpu", False, case.sizes["text_len"]).values())
-    assert backends == {"fused" if form == "fused" else "plain"}
     JointLoss(case.model.to(dtype))(case.batch().to("cpu", dtype)).loss.backward()
     found = published_gradients(case.model)
     norms = case.gradient_norms["l2_norm"]
