@@ -14,6 +14,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Out = TypeVar("Out")
 
@@ -24,10 +25,10 @@ def activated(linear: Callable[[Tensor], Out], activation: Callable[[Tensor], Te
     if keep or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return linear(activation(up))
     hidden = activation(up)
-    place = hidden.untyped_storage().data_ptr()
+    place = StorageWeakRef(hidden.untyped_storage())
 
     def pack(tensor: Tensor) -> Tensor | torch.Size:
-        is_hidden = tensor.numel() == hidden_size and tensor.untyped_storage().data_ptr() == place
+        is_hidden = tensor.numel() == hidden_size and StorageWeakRef(tensor.untyped_storage()) == place
         return tensor.shape if is_hidden and tensor.is_contiguous() else tensor
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:

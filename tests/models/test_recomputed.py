@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from meter_fast.models.config import tiny
@@ -45,7 +46,7 @@ def test_the_activation_is_not_kept() -> None:
 
     def activation(up: Tensor) -> Tensor:
         hidden = F.gelu(up)
-        made.append(torch.multiprocessing.reductions.StorageWeakRef(hidden.untyped_storage()))
+        made.append(StorageWeakRef(hidden.untyped_storage()))
         return hidden
 
     out = activated(linear, activation, x, keep=False)
@@ -70,9 +71,7 @@ def test_a_checkpoint_holds_nothing_of_its_block() -> None:
     """With `keep`, as a model under checkpointing sets it."""
     mlp, refs = RecomputedMlp(8, 32), []
     mlp.keep_activation = True
-    mlp.fc1.register_forward_hook(
-        lambda module, inputs, out: refs.append(torch.multiprocessing.reductions.StorageWeakRef(out.untyped_storage()))
-    )
+    mlp.fc1.register_forward_hook(lambda module, inputs, out: refs.append(StorageWeakRef(out.untyped_storage())))
     x = torch.randn(10, 8, requires_grad=True)
     out = checkpoint(mlp, x, use_reentrant=False)
     assert refs[0].expired()
