@@ -137,7 +137,7 @@ def said(name: str, plan: Plan) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=list(CASES), nargs="+", default=[n for n in CASES if n != "snli_ve_384"])
-    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=["eager"])
+    parser.add_argument("--variant", choices=(*VARIANTS, *PLAIN[1:]), nargs="+", default=["eager"])
     parser.add_argument("--size", choices=("tiny", "base"), default="base")
     parser.add_argument("--batch", type=int, default=4, help="pairs, questions or statements; retrieval: with 16 texts")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")

@@ -33,7 +33,7 @@ from meter_fast.training.tasks import task_of
 
 PLAIN_VARIANT = "plain"
 PLAIN = (PLAIN_VARIANT, "plain_kept")
-VARIANTS = ("eager", "compiled", "cuda_graphs", "plain_kept")
+VARIANTS = ("eager", "compiled", "cuda_graphs")
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the ceiling
 PRODUCTS = 8  # of which the fastest counts
 
