@@ -11,8 +11,8 @@ split is of processor time, too.
 
 Then each task's real loader is asked how many pictures it decodes per sample, and pre-training's feeds a model that
 takes --rate samples a second, once with scenes at 96 px as the tiny model reads them (it takes about 250 a second on
-one core) and once with the photographs. Waits are of the clock: on a busy machine the loader waits for a core as the
-model would, so look at what a sample takes.
+one core) and once with the photographs; here, too, rounds alternate, and medians count. Waits are of the clock: on a
+busy machine the loader waits for a core as the model would, so look at what a sample takes.
 """
 
 import argparse
@@ -213,15 +213,21 @@ def decoded(root: Path) -> list[dict]:
 def fed(arguments: argparse.Namespace, case: str, root: Path, size: int) -> list[dict]:
     """Rows of waits in front of a model that reads the pictures of `root` at `size` pixels; prints them."""
     case = f"{case}, {arguments.rate:g} samples/s, {arguments.workers} workers"
+    rounds: dict[str, list[data_loading.Fed]] = {"published": [], "torchvision": []}
+    for _ in range(arguments.feeds):
+        for name, found in rounds.items():
+            plain = name == "published"
+            found.append(data_loading.feed(root, size, arguments.rate, arguments.workers, arguments.seconds, plain))
     rows = []
     print(f"\npre-training, {case}")
-    for name in ("published", "torchvision"):
-        plain = name == "published"
-        found = data_loading.feed(root, size, arguments.rate, arguments.workers, arguments.seconds, plain)
-        print(f"{name:12} model waits {100 * found.stall:5.1f} % of the time, takes {found.rate:.0f} samples/s; "
-              f"{1e3 * found.cpu:.2f} ms of a core per sample: {found.cpu * arguments.rate:.2f} cores")  # fmt: skip
-        rows += [dict(case=case, variant=name, metric="stall_share", value=found.stall, unit="1"),
-                 dict(case=case, variant=name, metric="cpu_per_sample", value=1e3 * found.cpu, unit="ms")]  # fmt: skip
+    for name, found in rounds.items():
+        stall, rate, cpu = (statistics.median(getattr(one, part) for one in found) for part in ("stall", "rate", "cpu"))
+        most = max(one.stall for one in found)
+        print(f"{name:12} model waits {100 * stall:5.1f} % of the time ({100 * most:.1f} % in the worst round), takes "
+              f"{rate:.0f} samples/s; {1e3 * cpu:.2f} ms of a core per sample: {cpu * arguments.rate:.2f} cores",
+              flush=True)  # fmt: skip
+        rows += [dict(case=case, variant=name, metric="stall_share", value=stall, unit="1"),
+                 dict(case=case, variant=name, metric="cpu_per_sample", value=1e3 * cpu, unit="ms")]  # fmt: skip
     return rows
 
 
@@ -255,7 +261,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rate", type=float, default=250.0, help="samples/s that the model takes")
     parser.add_argument("--workers", type=int, default=2, help="loader threads while feeding")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of feeding, for each form")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a round of feeding, for each form")
+    parser.add_argument("--feeds", type=int, default=3, help="rounds of feeding")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     encoded = photographs(arguments.pictures, WIDTH, HEIGHT)

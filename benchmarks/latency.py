@@ -1,23 +1,33 @@
-"""How long does a prediction take? Each task at several batches, the plain model against the predictor, in one run.
+"""How long does a prediction take, and how many a second? Each task at several batches and lengths of text, the plain
+model against the predictor, in one run.
 
-    python -m benchmarks.latency [--size base] [--batch 1 8 32] [--task answer match] [--texts 1] [--dtype fp32]
+    python -m benchmarks.latency [--size base] [--batch 1 8 32 64] [--task answer match] [--tokens 8 13 50]
+    python -m benchmarks.latency --task answer --image-size 576 --batch 1 5 --texts 1 5 --dtype bf16 fp32    # VQAv2's
+    python -m benchmarks.latency --variant eager compiled cuda_graphs --rounds 500                      # on a GPU
 
 Plain is the model in torch's operators with texts padded to 50 tokens, nothing shared between requests and every row
-computed (`benchmarks/plain.py`); fast is what `meter_fast.load` gives, called as users call it. Both begin at decoded
-pictures and texts as strings. Weights are random and made here. Before anything is timed, both must say the same.
-Rounds alternate, so that a slow spell of the machine meets both; p95 needs some tens of rounds to mean much. On a busy
-machine look at the processor time.
+computed (`benchmarks/plain.py`); the variants are what `meter_fast.load` gives, called as users call it: eager as it
+is, compiled with each block by torch.compile, for each case anew, cuda_graphs with these replayed. All begin at decoded
+pictures and texts as strings. Weights are random and made here. Before anything is timed, all must say the same.
+Rounds alternate, so that a slow spell of the machine meets all. On a busy machine look at the processor time.
+
+p95 and p99 of n rounds are interpolated at places 0.95 (n - 1) and 0.99 (n - 1) of the calls, fastest first: with up to
+101 rounds p99 lies between the two slowest calls and says what the machine's worst moment was. To compare p99 take 500
+rounds or more, of which it leaves five. requests_per_second is of all rounds, one call after the other.
 
 A batch is so many requests: questions about as many pictures, or with `--texts N` N about each; for rank that many
-texts of one picture; for caption that many pictures, of which TOKENS tokens are written.
+texts of one picture; for caption that many pictures, of which TOKENS tokens are written. `--tokens` is the length of an
+average text, the first and the last token included; the others are up to SPREAD shorter or longer.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +36,8 @@ from torch import Tensor
 
 from benchmarks.plain import PLAIN, plain_caption, plain_scores
 from benchmarks.record import append
+from benchmarks.step_cases import SPREAD
+from benchmarks.step_work import PLAIN_VARIANT, VARIANTS
 from meter_fast.data.answers import Answers
 from meter_fast.data.images import image_transform
 from meter_fast.data.spans import read_sentinels
@@ -35,9 +47,10 @@ from meter_fast.predict.encoded import MATCH, pad, place_of
 from meter_fast.predict.pictures import Picture
 from meter_fast.predict.predictor import TRUE, Predictor
 from meter_fast.recipes.pretrain import pretrain
+from meter_fast.training.engine import DTYPES, compile_blocks
 
 PADDED = 50  # tokens, max_text_len of the published models
-WORDS = 11  # of an average text; 13 tokens with the first and the last
+SHORTEST = 4  # tokens of a text, with the first and the last
 TOKENS = 20  # of a caption
 K = 5
 ANSWERS = 3129  # of VQAv2
@@ -46,18 +59,30 @@ HEADS = {
     "compare": "nlvr2_head", "caption": None,
 }  # fmt: skip
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of scores and probabilities
+WARM = 3  # calls of each form before any counts: CUDA graphs are recorded in the second
 
 
 @dataclass(frozen=True)
-class Side:
-    """Both forms of one model: the same weights."""
+class Sides:
+    """All forms of one model: the same weights. fast: by variant."""
 
     plain: Meter
-    fast: Predictor
+    fast: dict[str, Predictor]
+
+    @property
+    def tokenizer(self):
+        return next(iter(self.fast.values())).tokenizer
 
 
-def make_side(size: str, image_size: int | None, writes: bool, dtype: torch.dtype, device: str) -> Side:
-    """The model of all heads, or the one with a decoder."""
+def make_sides(
+    size: str,
+    image_size: int | None,
+    writes: bool,
+    dtype: torch.dtype,
+    device: str,
+    variants: Sequence[str] = ("eager",),
+) -> Sides:
+    """The model of all heads, or the one with a decoder. variants: of VARIANTS."""
     config = pretrain(size, fusion="encoder_decoder" if writes else "co_attention").model
     vision = replace(config.vision, weights=None, image_size=image_size or config.vision.image_size)
     config = replace(config, vision=vision, text=replace(config.text, weights=None))
@@ -70,10 +95,16 @@ def make_side(size: str, image_size: int | None, writes: bool, dtype: torch.dtyp
         tokenizer = train_tokenizer([" ".join(words())], Path(folder), sentinels=1)
     torch.manual_seed(0)
     plain = Meter(config, kernels=PLAIN).eval().to(device, dtype)
-    fast = Meter(config).eval().to(device, dtype)
-    fast.load_state_dict(plain.state_dict())
     answers = Answers(tuple(map(str, range(ANSWERS))))
-    return Side(plain, Predictor(fast, tokenizer, image_transform("clip", vision.image_size), answers, PADDED))
+    transform = image_transform("clip", vision.image_size)
+    fast = {}
+    for variant in variants:
+        model = Meter(config).eval().to(device, dtype)
+        model.load_state_dict(plain.state_dict())
+        if variant != "eager":
+            compile_blocks(model, "reduce-overhead" if variant == "cuda_graphs" else "default")
+        fast[variant] = Predictor(model, tokenizer, transform, answers, PADDED)
+    return Sides(plain, fast)
 
 
 def words() -> list[str]:
@@ -91,16 +122,18 @@ class Requests:
     texts: list[str]
 
 
-def make_requests(task: str, batch: int, texts_each: int, side: int) -> Requests:
-    """Random pictures and texts of about WORDS words."""
+def make_requests(task: str, batch: int, texts_each: int, tokens: int, pixels: int) -> Requests:
+    """Random pictures of pixels x pixels and texts of about `tokens` tokens; a word is one of them."""
     chance = np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
     each = batch if task == "rank" else texts_each
     count = -(-batch // each)
-    drawn = [Picture(torch.randn(3, side, side, generator=generator)) for _ in range(2 * count)]
-    texts = [" ".join(chance.choice(words(), chance.integers(WORDS - 4, WORDS + 5))) for _ in range(batch)]
+    drawn = [Picture(torch.randn(3, pixels, pixels, generator=generator)) for _ in range(2 * count)]
+    spread = min(SPREAD, tokens - SHORTEST, PADDED - tokens)
+    lengths = tokens - 2 + chance.integers(-spread, spread + 1, batch)
+    texts = [" ".join(chance.choice(words(), length)) for length in lengths]
     if task == "fill":
-        texts = [text.replace(text.split()[2], "<mask>", 1) for text in texts]
+        texts = [" ".join(["<mask>", *text.split()[1:]]) for text in texts]
     rows = [n // each for n in range(batch)]
     return Requests([drawn[n] for n in rows], [drawn[count + n] for n in rows], texts)
 
@@ -110,9 +143,9 @@ def stacked(model: Meter, pictures: Sequence[Picture]) -> Tensor:
 
 
 @torch.inference_mode()
-def ask_plain(task: str, side: Side, asked: Requests) -> Tensor:
+def ask_plain(task: str, sides: Sides, asked: Requests) -> Tensor:
     """The numbers of the prediction, [B,...] on the host; of a caption its tokens."""
-    model, tokenizer = side.plain, side.fast.tokenizer
+    model, tokenizer = sides.plain, sides.tokenizer
     device, _ = place_of(model)
     first = stacked(model, asked.first)
     if task == "caption":
@@ -137,9 +170,11 @@ def ask_plain(task: str, side: Side, asked: Requests) -> Tensor:
     return chances if task == "entails" else chances[:, {"match": MATCH, "compare": TRUE}[task]]
 
 
-def ask_fast(task: str, side: Side, asked: Requests) -> object:
+def ask_fast(task: str, predictor: Predictor, asked: Requests) -> object:
     """The call of a user."""
-    call = getattr(side.fast, task)
+    if torch.cuda.is_available():
+        torch.compiler.cudagraph_mark_step_begin()  # what was replayed before is read
+    call = getattr(predictor, task)
     if task == "caption":
         return call(asked.first, max_length=TOKENS)
     if task == "rank":
@@ -162,10 +197,10 @@ def numbers(task: str, said: object) -> Tensor:
     return torch.tensor(said)
 
 
-def check(task: str, side: Side, plain: Tensor, said: object, tolerance: float) -> float:
+def check(task: str, sides: Sides, plain: Tensor, said: object, tolerance: float) -> float:
     """The largest difference. Exits where it is beyond the tolerance, or captions differ."""
     if task == "caption":
-        tokenizer = side.fast.tokenizer
+        tokenizer = sides.tokenizer
         texts = [row[: row.index(end)] if (end := tokenizer.sep_token_id) in row else row for row in plain.tolist()]
         same = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts] == said
         if not same and tolerance == TOLERANCE["fp32"]:
@@ -196,10 +231,16 @@ def spent(call: Callable[[], object]) -> Spent:
     return Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def measure(task: str, side: Side, asked: Requests, rounds: int, tolerance: float) -> dict[str, list[Spent]]:
-    """Each round and form; the first, in which both are compared, does not count."""
-    forms = {"plain": lambda: ask_plain(task, side, asked), "fast": lambda: ask_fast(task, side, asked)}
-    check(task, side, forms["plain"](), forms["fast"](), tolerance)
+def measure(task: str, sides: Sides, asked: Requests, rounds: int, tolerance: float) -> dict[str, list[Spent]]:
+    """Each round and form; WARM ones before, in the first of which all are compared with plain, do not count."""
+    torch.compiler.reset()  # a graph for each case, of its own sizes
+    forms: dict[str, Callable[[], object]] = {PLAIN_VARIANT: lambda: ask_plain(task, sides, asked)}
+    for name, predictor in sides.fast.items():
+        forms[name] = partial(ask_fast, task, predictor, asked)
+    plain = forms[PLAIN_VARIANT]()
+    for name in sides.fast:
+        for _ in range(WARM):
+            check(task, sides, plain, forms[name](), tolerance)
     found: dict[str, list[Spent]] = {name: [] for name in forms}
     for _ in range(rounds):
         for name, form in forms.items():
@@ -207,54 +248,91 @@ def measure(task: str, side: Side, asked: Requests, rounds: int, tolerance: floa
     return found
 
 
-def milliseconds(times: Sequence[Spent]) -> dict[str, float]:
-    """p50 and p95 on the clock, and the median of processor time."""
+def summed(times: Sequence[Spent], batch: int) -> dict[str, float]:
+    """Percentiles on the clock and the median of processor time, in milliseconds, and requests per second."""
     wall = [1e3 * one.wall for one in times]
     return {
         "p50": statistics.median(wall),
         "p95": float(np.quantile(wall, 0.95)),
+        "p99": float(np.quantile(wall, 0.99)),
         "cpu_p50": 1e3 * statistics.median(one.cpu for one in times),
+        "requests_per_second": batch / statistics.mean(one.wall for one in times),
     }
 
 
-def main() -> None:
+def show(case: str, found: dict[str, dict[str, float]]) -> None:
+    """A line for each form, with how many times less than plain it takes."""
+    print(case)
+    plain = found[PLAIN_VARIANT]
+    for name, values in found.items():
+        ratio, cpu = (plain[metric] / values[metric] for metric in ("p50", "cpu_p50"))
+        print(f"{name:>14}" + "".join(f"{value:>12.1f}" for value in values.values())
+              + f"{ratio:>11.2f}x{cpu:>11.2f}x", flush=True)  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    """The command's arguments; ends it where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("tiny", "base"), default="base")
     parser.add_argument("--image-size", type=int, help="pixels; the preset's own by default")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--task", choices=list(HEADS), nargs="+", default=list(HEADS))
-    parser.add_argument("--texts", type=int, default=1, help="texts about each picture")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--texts", type=int, nargs="+", default=[1], help="texts about each picture")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[13], help=f"of an average text, up to {PADDED}")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), nargs="+", default=["fp32"])
+    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=["eager"])
+    parser.add_argument("--rounds", type=int, default=20, help="see above of what p99 takes")
     arguments = parser.parse_args()
+    if min(arguments.tokens) < SHORTEST or max(arguments.tokens) > PADDED:
+        parser.error(f"--tokens {' '.join(map(str, arguments.tokens))}: {SHORTEST} to {PADDED}, which plain pads to")
+    if min(*arguments.batch, *arguments.texts, arguments.rounds) < 1:
+        parser.error("--batch, --texts and --rounds are 1 or more")
+    if "cuda_graphs" in arguments.variant and not torch.cuda.is_available():
+        parser.error("--variant cuda_graphs needs a GPU: leave it out")
+    return arguments
+
+
+def cases(arguments: argparse.Namespace, task: str) -> list[tuple[int, int, int]]:
+    """Tokens, texts about each picture and batch of what is measured of a task. Texts of a caption are not read; those
+    of a ranking are all about one picture."""
+    tokens = arguments.tokens if task != "caption" else [SHORTEST]
+    texts = arguments.texts if task not in ("rank", "caption") else [1]
+    chosen = itertools.product(tokens, texts, arguments.batch)
+    return [(length, each, batch) for length, each, batch in chosen if each <= batch]
+
+
+def main() -> None:
+    arguments = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    heads = "".join(f"{form + ' ' + metric:>14}" for form in ("plain", "fast") for metric in ("p50", "p95", "cpu_p50"))
-    print(f"{'ms':<48}{heads}{'plain / fast':>14}{'cpu':>8}", flush=True)
-    for writes, tasks in ((False, set(HEADS) - {"caption"}), (True, {"caption"})):
+    metrics = ("p50 ms", "p95 ms", "p99 ms", "cpu p50 ms", "requests/s", "plain / it", "cpu")
+    print(f"{'':>14}" + "".join(f"{name:>12}" for name in metrics), flush=True)
+    for dtype, (writes, tasks) in itertools.product(
+        arguments.dtype, ((False, set(HEADS) - {"caption"}), (True, {"caption"}))
+    ):
         chosen = [task for task in arguments.task if task in tasks]
         if not chosen:
             continue
-        side = make_side(arguments.size, arguments.image_size, writes, dtype, device)
-        pixels = side.plain.config.vision.image_size
+        sides = make_sides(arguments.size, arguments.image_size, writes, DTYPES[dtype], device, arguments.variant)
+        pixels = sides.plain.config.vision.image_size
         for task in chosen:
-            for batch in arguments.batch:
-                asked = make_requests(task, batch, arguments.texts, pixels)
-                times = measure(task, side, asked, arguments.rounds, TOLERANCE[arguments.dtype])
-                several = arguments.texts > 1 and task not in ("rank", "caption")
-                of = f", {arguments.texts} texts a picture" if several else ""
-                case = f"{arguments.size} {pixels}px {arguments.dtype} {task} batch {batch}{of}"
-                found = {form: milliseconds(some) for form, some in times.items()}
+            for tokens, texts, batch in cases(arguments, task):
+                asked = make_requests(task, batch, texts, tokens, pixels)
+                times = measure(task, sides, asked, arguments.rounds, TOLERANCE[dtype])
+                of = f", {texts} texts a picture" if texts > 1 else ""
+                length = "" if task == "caption" else f" text {tokens}"
+                case = f"{arguments.size} {pixels}px {dtype} {task} batch {batch}{length}{of}"
+                found = {form: summed(some, batch) for form, some in times.items()}
                 rows = [
-                    dict(case=case, variant=form, metric=metric, value=value, unit="ms")
+                    dict(case=case, variant=form, metric=metric, value=value, unit=UNITS.get(metric, "ms"))
                     for form, values in found.items()
                     for metric, value in values.items()
                 ]
                 path = append("latency", rows)  # at once: a run of hours may be stopped
-                shown = "".join(f"{value:>14.1f}" for values in found.values() for value in values.values())
-                ratio, cpu = (found["plain"][m] / found["fast"][m] for m in ("p50", "cpu_p50"))
-                print(f"{case:<48}{shown}{ratio:>13.2f}x{cpu:>7.2f}x", flush=True)
+                show(case, found)
     print(f"rows added to {path}")
+
+
+UNITS = {"requests_per_second": "1/s"}  # all others are milliseconds
 
 
 if __name__ == "__main__":

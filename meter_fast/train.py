@@ -109,6 +109,7 @@ def fit(run: Run) -> int:
                                     f"the same command goes on from here")  # fmt: skip
                 return EXIT_INTERRUPTED
             record = advance(run, step, batches, news.counts)
+            del batches  # before the next are fetched: see TrainingLoader.steps
     finish(run)
     return EXIT_DONE
 

@@ -90,7 +90,7 @@ def normalise(
     if out is None:
         out = torch.empty(pictures.shape, dtype=dtype, device=pictures.device)
     values = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    torch.mul(pictures, scale, out=values).sub_(shift)
+    values.copy_(pictures).mul_(scale).sub_(shift)  # torch.mul of both types would make a copy first
     return out if values is out else out.copy_(values)
 
 

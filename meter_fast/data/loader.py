@@ -5,10 +5,12 @@ samples and the stop when there are too many. Nothing here depends on how many t
 made on its own, delivered in order, and counted when it is delivered.
 """
 
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -28,6 +30,7 @@ from meter_fast.data.text import TextPipeline
 
 SHARE_AFTER = 200  # samples before the share of bad ones means anything
 EXAMPLES = 5  # names kept per cause
+TURN = 5e-4  # seconds that a thread may keep Python's lock while another one waits for it; Python's default is 5e-3
 
 Task = TypeVar("Task")
 
@@ -138,6 +141,7 @@ class TrainingLoader:
                 for part in parts:
                     self._count.add(part)
                 yield [part.batch for part in parts]
+                del part, parts  # before threads begin the next: torch gives up Python's lock to free, and would queue
         finally:
             prepared.close()
 
@@ -321,10 +325,26 @@ def run_ahead(tasks: Iterable[Task], work: Callable[[Task], Prepared], workers: 
     todo = iter(tasks)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
     try:
-        pending = deque(pool.submit(work, task) for task in islice(todo, ahead))
-        while pending:
-            done = pending.popleft().result()
-            pending.extend(pool.submit(work, task) for task in islice(todo, 1))
-            yield done
+        with _short_turns():
+            pending = deque(pool.submit(work, task) for task in islice(todo, ahead))
+            while pending:
+                done = pending.popleft().result()
+                pending.extend(pool.submit(work, task) for task in islice(todo, 1))
+                yield done
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Python's threads take turns of at most TURN.
+
+    Threads that prepare pictures give up Python's lock for moments and take it again before another one has woken, so
+    that the caller gets it only when a turn is over: at each of the many times it gave it up itself.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, TURN))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

@@ -64,7 +64,8 @@ class TextPipeline:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Checked captions -> token ids with the special tokens, at most max_length each, not padded."""
         limit = CHARACTERS_PER_TOKEN * self.max_length
-        return [encoding.ids for encoding in self._encoder.encode_batch([text[:limit] for text in texts])]
+        # One by one: encode_batch hands texts to a pool of threads of its own, as many as there are cores.
+        return [self._encoder.encode(text[:limit]).ids for text in texts]
 
     def cuts(self, text: str) -> bool:
         """Whether `encode` leaves out the end of a checked caption."""

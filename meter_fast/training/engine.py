@@ -198,10 +198,13 @@ def gradient_norm(parameters) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile every repeated block in place, one small graph for all of a kind; names of parameters stay."""
+def compile_blocks(model: nn.Module, mode: str = "default") -> None:
+    """torch.compile every repeated block in place, one small graph for all of a kind; names of parameters stay.
+
+    mode: of torch.compile.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for block in module:
                 if sum(1 for _ in block.parameters()) > 4:
-                    block.compile()
+                    block.compile(mode=mode)

@@ -1,8 +1,10 @@
 """The loader: the same global batches however they are divided and prepared, from any step on."""
 
 import random
+import sys
 import threading
 import traceback
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -12,8 +14,9 @@ from making import SIDE, backend, caption, global_batches, loader_of, rows_of, w
 from torch.testing import assert_close
 
 from meter_fast.data.images import image_transform, normalise
-from meter_fast.data.loader import PretrainLoader
+from meter_fast.data.loader import PretrainLoader, TrainingLoader, run_ahead
 from meter_fast.data.order import OrderError, SampleOrder
+from meter_fast.data.samples import Prepared
 from meter_fast.data.sources import Sources, open_sources
 from meter_fast.data.text import TextPipeline
 
@@ -295,6 +298,43 @@ def test_no_more_than_the_asked_steps_are_prepared_ahead(sound, tokenizer):
     threading.Event().wait(0.1)
     assert len(recorded.reads) == 3 * 8
     steps.close()
+
+
+def test_what_a_step_leaves_is_freed_before_the_next_is_begun(sound):
+    """Freed later, it would be freed beside threads that have just begun, and the caller would wait for them."""
+    made = []
+
+    class Makes:
+        def micro_batch(self, samples, positions):
+            assert not any(batch() is not None for batch in made[: len(made) // 2 * 2])
+            return Prepared(kept(torch.ones(len(samples))))
+
+    def kept(batch):
+        made.append(weakref.ref(batch))
+        return batch
+
+    loader = TrainingLoader(SampleOrder(sound.sizes, 0, 8), Makes(), [slice(0, 4), slice(4, 8)], workers=0)
+    for batches in loader.steps(0, 5):
+        assert len(batches) == 2
+        del batches
+    assert len(made) == 10
+
+
+def test_the_caller_need_not_wait_long_for_its_turn():
+    """While threads are at work Python's lock goes round faster, and again as before when they have ended."""
+    before = sys.getswitchinterval()
+    turns = run_ahead(range(9), lambda task: Prepared((task, sys.getswitchinterval())), 2, 3)
+    first = next(turns).batch
+    inner = list(run_ahead(range(3), lambda task: Prepared(sys.getswitchinterval()), 1, 1))
+    seen = [first, *(prepared.batch for prepared in turns)]
+    assert [task for task, _ in seen] == list(range(9))
+    assert all(turn <= before / 5 for _, turn in seen)
+    assert [prepared.batch for prepared in inner] == [seen[0][1]] * 3
+    assert sys.getswitchinterval() == before
+    turns = run_ahead(range(9), Prepared, 2, 3)
+    next(turns)
+    turns.close()
+    assert sys.getswitchinterval() == before
 
 
 def test_waiting_is_measured(sound, tokenizer):

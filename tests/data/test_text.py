@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +126,26 @@ def test_threads_may_share_a_pipeline(tokenizer: PreTrainedTokenizerFast) -> Non
     alone = [pipeline.encode(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(pipeline.encode, batches)) == alone
+
+
+COUNTS_THREADS = """
+import os, sys
+from meter_fast.data.text import TextPipeline
+from meter_fast.data.tokenizer import load_tokenizer
+pipeline = TextPipeline(load_tokenizer(sys.argv[1]))
+before = len(os.listdir("/proc/self/task"))
+pipeline.encode(["a red cube left of two dogs"] * 64)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads that Linux tells of")
+def test_tokenising_starts_no_threads(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Each process and each loader thread would wait for those of all."""
+    tokenizer.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", COUNTS_THREADS, str(tmp_path)]
+    before, after = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
+    assert before == after
 
 
 @pytest.mark.parametrize(
