@@ -25,7 +25,7 @@ from meter_fast.config import ConfigError, RunConfig, describe, to_dict
 from meter_fast.data.batch import Batch
 from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
-from meter_fast.training import banner, checkpoint, world
+from meter_fast.training import banner, checkpoint, slurm, world
 from meter_fast.training.engine import DTYPES, Engine, accumulation
 from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, expect_progress, no_watchdog
 from meter_fast.training.monitor import Monitor
@@ -301,7 +301,7 @@ def note_settings(config: RunConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training. Returns the exit code; messages go to standard error, from the process that knows best."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = slurm.rank(os.environ)
     try:
         config = resolve([a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")])
     except ConfigError as error:

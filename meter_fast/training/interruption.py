@@ -15,6 +15,7 @@ import psutil
 
 EXIT_INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: stopped on request after saving; the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
 
 # Launchers pass a signal on that the terminal or the batch system has already sent to every process of the group. Those
 # echoes arrive within moments and are the same request; whoever really asks twice waits at least this long.
@@ -64,13 +65,14 @@ class StopRequest:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    """`python .../bin/deepspeed ...` or `python -u -m deepspeed.launcher.launch ...`, not a shell that names them."""
+    """`python .../bin/deepspeed ...`, `python -u -m deepspeed.launcher.launch ...` or the same of torchrun, not a shell
+    that names them."""
     try:
         program, *arguments = process.cmdline() or [""]
     except psutil.Error:  # not ours to read, or gone meanwhile
         return False
     named = {os.path.basename(argument) for argument in arguments[:3]}
-    return "python" in os.path.basename(program) and bool(named & {"deepspeed", "deepspeed.launcher.launch"})
+    return "python" in os.path.basename(program) and bool(named & LAUNCHERS)
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meter_fast.training import slurm
 from meter_fast.training.ports import free_port
 
 
@@ -128,12 +129,13 @@ def alone(device: torch.device | str) -> World:
 
 
 def start(timeout_seconds: int) -> World:
-    """Join the run that the launcher describes, or make one of a single process where there is no launcher.
+    """Join the run that the launcher (or srun) describes, or make one of a single process where there is none.
 
     timeout_seconds: how long a collective of the default group may wait for a peer."""
     import deepspeed  # slow, and of no use to a process that is alone
     from deepspeed.accelerator import get_accelerator
 
+    os.environ.update(slurm.variables(os.environ))
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
