@@ -1,10 +1,9 @@
-"""Ways in which a run is asked to end before its time: signals, a launcher that died, a step that never returns.
+"""Ways in which a run is asked to end before its time: signals, and a launcher that died.
 
 Knows the process and its ancestors. Knows nothing of training. A signal only sets a flag: saving is collective work, so
 the processes first agree on it, at the end of the step.
 """
 
-import faulthandler
 import os
 import signal
 import sys
@@ -87,14 +86,3 @@ def _let_go_of_terminal() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
-
-
-def expect_progress(seconds: int) -> None:
-    """(Re)start the watchdog: unless called again within `seconds`, the process prints the stack of every thread and
-    ends with code 1. It works inside a collective that waits for a silent peer, whatever that group's own timeout."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
-
-
-def no_watchdog() -> None:
-    """Stop watching."""
-    faulthandler.cancel_dump_traceback_later()

@@ -34,7 +34,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(hosts: str) -> str:
-    """The first of a list as Slurm writes it: "gpu[01-04,07],login" is gpu01 first. Raises ValueError for an empty one."""
+    """The first of a list as Slurm writes it: gpu01 of "gpu[01-04,07],login". Raises ValueError for an empty one."""
     found = re.match(r"[^,\[]*(\[[^\]]*\][^,\[]*)*", hosts)
     name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", found.group() if found else "")
     if not name:

@@ -297,19 +297,6 @@ def test_no_more_than_the_asked_steps_are_prepared_ahead(sound, tokenizer):
     steps.close()
 
 
-def test_waiting_is_measured(sound, tokenizer):
-    slow = threading.Event()
-
-    class Slow(Recorded):
-        def read(self, index):
-            slow.wait(0.01)
-            return super().read(index)
-
-    loader = loader_of(Slow.over(sound), tokenizer, global_batch=4, workers=1, prefetch=1)
-    list(loader.steps(0, 3))
-    assert loader.wait_seconds > 0.03  # the first step's four reads at least
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,8 +2,8 @@
 
     node1 10.231.0.1 ---- eth0 to eth0 ---- node2 10.231.0.2
 
-Files, processes and the clock are shared. Names of namespaces hold the process id of the test run: several can be there at
-once, and what a killed one has left is removed by the next.
+Files, processes and the clock are shared. Names of namespaces hold the process id of the test run: several can be there
+at once, and what a killed one has left is removed by the next.
 """
 
 import contextlib
