@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from meter_fast.training.phases import Phases
+from meter_fast.training.phases import REDUCE, Phases
 from meter_fast.training.world import World
 
 ANSWER_SECONDS = 3.0
@@ -122,8 +122,8 @@ def ask(place: Place) -> Answer:
 
 def describe(phase: str, seconds: float, step: int) -> str:
     """What a process is doing, for people."""
-    what = "in a collective, waiting for the others" if phase == "reduce" else f"in {phase}"
-    return f"is {what} for {seconds:.0f} s" + (f", step {step}" if step >= 0 else "")
+    what = "waits for the others in a collective" if phase == REDUCE else f"is in {phase}"
+    return f"{what} for {seconds:.0f} s" + (f", step {step}" if step >= 0 else "")
 
 
 def _answer(listener: socket.socket, phases: Phases) -> None:

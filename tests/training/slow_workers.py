@@ -95,5 +95,5 @@ PLACES = {
     "forward": in_forward,
     "backward": in_backward,
     "optimizer": calling(AdamW, "step"),
-    "saving": calling(checkpoint, "write_durably"),
+    "saving": calling(checkpoint.Writer, "add"),
 }
