@@ -36,7 +36,7 @@ def as_before(hosts: TwoHosts) -> Iterator[None]:
 
 def cut(hosts: TwoHosts, run: Path, after: int) -> None:
     """Take the link down once `after` steps are logged."""
-    wait_until(lambda: (run / "metrics.jsonl").exists() and max(losses(run), default=0) > after, 100)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and max(losses(run), default=0) > after, 300)
     hosts.link(1, "down")
 
 
@@ -44,34 +44,30 @@ def go_on(hosts: TwoHosts, command: list[str], run: Path, folder: Path, undistur
     """The link is back: the same command ends as the run without a fault did."""
     assert 0 < checkpoint.steps(run / "checkpoints")[-1] < 80
     hosts.link(1, "up")
-    said = hosts.start(0, command, folder / "again").check(seconds=200)
+    said = hosts.start(0, command, folder / "again").check()
     assert "starts from   random weights" not in said
     assert losses(run) == losses(undisturbed)
     assert_same_bits(tensors(run, 80), tensors(undisturbed, 80))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_both_sides_end_and_the_command_goes_on(hosts, data, tmp_path, ranks, stage):
-    chosen = settings(data, *STEPS, f"engine.zero={stage}")
+def test_both_sides_end_and_the_command_goes_on(hosts, data, tmp_path, ranks):
+    chosen = settings(data, *STEPS, "engine.zero=1")
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
     command = ["deepspeed", "--hostfile", str(hosts.hostfile), "--no_ssh_check", "--master_addr", NAMES[0],
                "--master_port", PORT, "--no_local_rank", "--module", *MODULE, f"run.dir={run}", *chosen]  # fmt: skip
     started = hosts.start(0, command, tmp_path / "log")
     cut(hosts, run, 20)
-    began = time.monotonic()
-    assert started.ended(100) != 0, started.said
-    took = time.monotonic() - began
+    assert started.ended() != 0, started.said  # without the watch it would be half an hour
     said = started.said  # of node 2 nothing more can come through the cut link
     assert f"ends, because others are gone for {PEER_SECONDS} s (run.peer_seconds)" in said, said
     assert f"rank 1 on node2 ({ADDRESSES[1]}) cannot be reached" in said and "goes on from the last checkpoint" in said
-    assert took < 60  # not a measurement: without the watch it would be half an hour
     ranks.train(2, undisturbed, chosen).check()
     go_on(hosts, command, run, tmp_path, undisturbed)
 
 
 def test_each_side_says_who_is_silent(hosts, data, tmp_path):
-    """Started without ssh, so that both sides can be read."""
+    """At ZeRO 2, and started without ssh, so that both sides can be read."""
     run, started = tmp_path / "run", []
     for number, name in enumerate(NAMES):
         (tmp_path / name).mkdir()

@@ -64,6 +64,8 @@ def test_the_doctor_asks_both_hosts(hosts, data, tmp_path):
         network = {one["name"]: one for one in found["hosts"][name]["areas"]["network"]}
         assert f"eth0 {address}" in network["interfaces"]["value"]
         assert network["host name"]["level"] == "fine" and address in network["host name"]["value"], network
+    here = {one["name"]: one for one in found["here"]["areas"]["launcher"]}
+    assert here["ssh keep-alive"]["value"].endswith("after 9 s"), here
     between = {one["name"]: one for one in found["between"]}
     assert between["gloo"]["level"] == "fine" and f"met at {ADDRESSES[0]}" in between["gloo"]["value"], between
 

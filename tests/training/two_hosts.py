@@ -161,7 +161,7 @@ class Started:
         """Its output so far."""
         return self._log.read_text(errors="replace")
 
-    def ended(self, seconds: float = 100) -> int:
+    def ended(self, seconds: float = 300) -> int:
         """Wait for its end. Returns the exit code; fails with the output after `seconds`, the command killed."""
         try:
             return self._process.wait(seconds)
@@ -169,7 +169,7 @@ class Started:
             self._process.kill()
             raise AssertionError(f"the command had not ended after {seconds} s:\n{self.said}") from None
 
-    def check(self, code: int = 0, seconds: float = 100) -> str:
+    def check(self, code: int = 0, seconds: float = 300) -> str:
         """Fail unless it ends with `code`. Returns its output."""
         ended = self.ended(seconds)
         assert ended == code, f"exit code {ended}\n{self.said}"
