@@ -49,6 +49,7 @@ from meter_fast.training.watchdog import expect_progress, no_watchdog, watch_pee
 from meter_fast.training.world import StoppedTogether, World
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
+FAREWELL_SECONDS = 300
 
 
 class NotFinite(RuntimeError):
@@ -371,6 +372,7 @@ def complain(error: Exception, code: int, who: str = "") -> int:
 def leave(code: int) -> NoReturn:
     """End the process. After a failure peers may be gone or stuck: no collective farewell that would wait for them."""
     if code == EXIT_DONE:
+        expect_progress(FAREWELL_SECONDS)
         dist.destroy_process_group()
         sys.exit(code)
     sys.stdout.flush()

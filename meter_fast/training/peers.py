@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from meter_fast.training.phases import REDUCE, Phases
 from meter_fast.training.world import World
@@ -50,9 +51,13 @@ class Peers:
 
     def __init__(self, world: World) -> None:
         self.phases = world.phases
-        listener = socket.create_server((own_address(), 0), backlog=AT_ONCE)
+        address = own_address(os.environ["MASTER_ADDR"])
+        elsewhere = [one for one in world.share(address) if not ip_address(one).is_loopback]
+        if ip_address(address).is_loopback and elsewhere:  # the main host knows itself by its name: Debian's 127.0.1.1
+            address = own_address(elsewhere[0])
+        listener = listen(address)
         threading.Thread(target=_answer, args=(listener, self.phases), name="answers", daemon=True).start()
-        address, port = listener.getsockname()[:2]
+        port = listener.getsockname()[1]
         told = world.share([socket.gethostname(), address, port, world.local_rank == 0])
         self.places = [Place(rank, *place) for rank, place in enumerate(told)]
         self.own = self.places[world.rank]
@@ -86,12 +91,18 @@ class Peers:
         ]
 
 
-def own_address() -> str:
-    """That of the interface by which this process reaches the main one."""
-    target = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+def own_address(other: str) -> str:
+    """That of the interface by which this process reaches another host. Raises OSError where it does not."""
+    family, kind, _, _, target = socket.getaddrinfo(other, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as trial:
         trial.connect(target)  # sends nothing
         return trial.getsockname()[0]
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket there, at a port that is free."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family, backlog=AT_ONCE)
 
 
 def ask_all(places: Sequence[Place]) -> list[Answer]:

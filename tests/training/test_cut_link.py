@@ -17,7 +17,13 @@ pytestmark = pytest.mark.multinode
 
 PEER_SECONDS = 12
 PORT = "29612"
-STEPS = ("run.max_steps=80", "run.save_every=10", "run.keep_last=99", f"run.peer_seconds={PEER_SECONDS}")
+STEPS = (
+    "run.max_steps=80",
+    "run.save_every=10",
+    "run.keep_last=99",
+    "run.hang_seconds=600",
+    f"run.peer_seconds={PEER_SECONDS}",
+)
 MODULE = ("meter_fast.train", "pretrain", "size=tiny")
 
 

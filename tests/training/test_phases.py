@@ -63,7 +63,8 @@ def test_items_are_made_in_a_phase_and_closed():
         finally:
             closed.append(True)
 
-    made = phases.each("data", items())
+    source = items()
+    made = phases.each("data", source)
     assert next(made) == 0
     clock.now += 5
     assert next(made) == 1 and phases.take()[0] == 2

@@ -2,8 +2,9 @@
 
     node1 10.231.0.1 ---- eth0 to eth0 ---- node2 10.231.0.2
 
-Files, processes and the clock are shared. Names of namespaces hold the process id of the test run: several can be there
-at once, and what a killed one has left is removed by the next.
+Each knows itself by its name as 127.0.1.1, as on Debian. Files, processes and the clock are shared. Names of namespaces
+hold the process id of the test run: several can be there at once, and what a killed one has left is removed by the
+next.
 """
 
 import contextlib
@@ -104,12 +105,13 @@ class TwoHosts:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd of Debian wants to be
         for space in self.spaces:
             (ETC / space).mkdir(parents=True)
-            lines = [f"{address} {name}\n" for name, address in zip(NAMES, ADDRESSES)]
-            (ETC / space / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
             _do("ip", "netns", "add", space)
-        one, other = self.spaces
-        _do("ip", "link", "add", "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other)
+        ends = ("eth0", "netns", self.spaces[0]), ("eth0", "netns", self.spaces[1])
+        _do("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
         for number, (space, address) in enumerate(zip(self.spaces, ADDRESSES)):
+            other = 1 - number
+            lines = ["127.0.0.1 localhost", f"127.0.1.1 {NAMES[number]}", f"{ADDRESSES[other]} {NAMES[other]}", ""]
+            (ETC / space / "hosts").write_text("\n".join(lines))  # as Debian writes it
             _do("ip", "-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
             _do("ip", "-n", space, "link", "set", "lo", "up")
             self.link(number, "up")
