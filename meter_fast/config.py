@@ -119,6 +119,7 @@ class RunOptions:
     resume: str = "auto"  # auto | never | path of a checkpoint
     init: str = ""  # weights to start from: an export folder, a published METER .ckpt, or a checkpoint
     hang_seconds: int = 1800  # a step that takes longer dumps all stacks and ends the process
+    peer_seconds: int = 60  # a host that cannot be reached for so long, in a step that waits, ends the run
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,7 @@ def check(config: RunConfig) -> None:
         (run.keep_last >= 1, "run.keep_last", run.keep_last, "1 or more"),
         (run.eval_every >= 0 and run.picture_every >= 0, "run.eval_every", run.eval_every, "0 (never) or more"),
         (run.hang_seconds >= 1, "run.hang_seconds", run.hang_seconds, "1 or more"),
+        (run.peer_seconds >= 1, "run.peer_seconds", run.peer_seconds, "1 or more"),
         (bool(run.dir), "run.dir", run.dir, "name a folder"),
     ]  # fmt: skip
     for right, key, value, remedy in rules:

@@ -36,6 +36,7 @@ from meter_fast.models.files import read_json
 from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import OBJECTIVES, JointLoss
 from meter_fast.recipes import resolve
+from meter_fast.training import slurm
 from meter_fast.training.masked_images import open_cells
 from meter_fast.training.versions import versions
 from meter_fast.training.world import StoppedTogether, World, alone, start
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     given = sys.argv[1:] if argv is None else argv
     command = ["evaluate", *(word for word in given if not word.startswith("--local_rank"))]
-    main_process = os.environ.get("RANK", "0") == "0"
+    main_process = slurm.rank(os.environ) == 0
     with contextlib.nullcontext() if main_process else contextlib.redirect_stderr(io.StringIO()):
         cli.parse(command)
     try:

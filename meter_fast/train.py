@@ -26,11 +26,12 @@ from meter_fast.data.batch import Batch
 from meter_fast.host_memory import keep_freed_memory
 from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
-from meter_fast.training import banner, checkpoint, world
+from meter_fast.training import banner, checkpoint, slurm, world
 from meter_fast.training.engine import DTYPES, Engine, accumulation
-from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, expect_progress, no_watchdog
+from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest
 from meter_fast.training.monitor import Monitor
 from meter_fast.training.pairs import Pairs, fit_length, fit_vocabulary, open_tokenizer
+from meter_fast.training.peers import Peers
 from meter_fast.training.progress import Interval, News, exchange
 from meter_fast.training.record import StepRecord
 from meter_fast.training.resume import (
@@ -45,9 +46,11 @@ from meter_fast.training.resume import (
     save,
 )
 from meter_fast.training.tasks import task_of
+from meter_fast.training.watchdog import expect_progress, no_watchdog, watch_peers
 from meter_fast.training.world import StoppedTogether, World
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
+FAREWELL_SECONDS = 300
 
 
 class NotFinite(RuntimeError):
@@ -86,8 +89,10 @@ def fit(run: Run) -> int:
     """
     options, begin = run.config.run, run.start.step
     record: StepRecord | None = None
-    interval = Interval(run.engine.objectives, run.pairs.loader)
-    with contextlib.closing(run.pairs.loader.steps(begin, options.max_steps)) as steps:
+    interval = Interval(run.engine.objectives)
+    run.world.phases.enter("between steps")
+    loaded = run.pairs.loader.steps(begin, options.max_steps)
+    with contextlib.closing(run.world.phases.each("data", loaded)) as steps:
         for step in range(begin, options.max_steps + 1):
             expect_progress(options.hang_seconds)
             batches, failure = fetch(steps) if step < options.max_steps else ([], None)
@@ -171,14 +176,21 @@ def report(run: Run, interval: Interval, record: StepRecord, news: News, step: i
         skipped = run.skipped()
         shown = interval.close(run.engine.accumulation * run.world.size)
         run.monitor.step(
-            step, shown.losses, shown.accuracies, record.rates, news.grad_norm, shown.data_wait_share, skipped
+            step,
+            shown.losses,
+            shown.accuracies,
+            record.rates,
+            news.grad_norm,
+            shown.data_wait_share,
+            skipped,
+            shown.slow,
         )
 
 
 def keep(run: Run, step: int, must_save: bool) -> None:
     """Evaluate, show a picture and save where `step` says so; `must_save` in any case."""
     options = run.config.run
-    with run.monitor.pause():
+    with run.monitor.pause(), run.world.phases.aside("evaluation or saving"):
         look(run, step)
         due = options.eval_every and (step % options.eval_every == 0 or step == options.max_steps)
         score = evaluate(run, step) if due and run.pairs.validation is not None else None
@@ -231,6 +243,7 @@ def write_model(run: Run, folder: Path) -> None:
 def finish(run: Run) -> None:
     """Write the model for use elsewhere and say what to do next."""
     folder = Path(run.config.run.dir) / "export"
+    run.world.phases.enter("writing the export")
     write_model(run, folder)
     described = describe_run(run.config, run.world, run.pairs.identity())
     facts = {
@@ -280,6 +293,17 @@ def prepare(config: RunConfig, this: World) -> Run:
     return Run(config, this, engine, pairs, monitor, start)
 
 
+def watched(config: RunConfig, this: World) -> Peers | None:
+    """Let the watchdog look after the other processes; None for one that is alone. Collective."""
+    if this.size == 1:
+        return None
+    peers = Peers(this)
+    watch_peers(peers, config.run.peer_seconds)
+    for line in peers.unwatched:
+        print(f"warning: {line}; it is not watched: is there a firewall?", file=sys.stderr, flush=True)
+    return peers
+
+
 def build(config: RunConfig, this: World, start: Start) -> torch.nn.Module:
     """The module in fp32 on the host; weights from files are read on the main process alone."""
     from_files = this.is_main and start.step == 0 and not config.run.init
@@ -303,15 +327,18 @@ def note_settings(config: RunConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training. Returns the exit code; messages go to standard error, from the process that knows best."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = slurm.rank(os.environ)
     try:
         config = resolve([a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")])
     except ConfigError as error:
         return complain(error, EXIT_WRONG) if rank == 0 else EXIT_WRONG
     run: Run | None = None
+    peers: Peers | None = None
     try:
         expect_progress(config.run.hang_seconds)
-        run = prepare(config, world.start(config.run.hang_seconds))
+        this = world.start(config.run.hang_seconds)
+        peers = watched(config, this)
+        run = prepare(config, this)
         run.stop.listen()
         if run.world.device.type == "cpu":
             keep_freed_memory()
@@ -324,18 +351,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, EXIT_WRONG, f"rank {rank}: " if rank else "")
     except Exception:
         traceback.print_exc()
+        gone = [f"\n  {text}" for text in peers.missing()] if peers else []
         print(
             f"error: rank {rank} ended by the above. Where another process ended first, its message tells the cause. "
-            f"The same command goes on from the last checkpoint",
+            f"The same command goes on from the last checkpoint{''.join(gone)}",
             file=sys.stderr,
             flush=True,
         )
         return EXIT_FAILED
     finally:
-        no_watchdog()
+        watch_peers(None, 0)
         if run is not None:
             run.monitor.close()
             run.pairs.close()
+        no_watchdog()
 
 
 def complain(error: Exception, code: int, who: str = "") -> int:
@@ -347,6 +376,7 @@ def complain(error: Exception, code: int, who: str = "") -> int:
 def leave(code: int) -> NoReturn:
     """End the process. After a failure peers may be gone or stuck: no collective farewell that would wait for them."""
     if code == EXIT_DONE:
+        expect_progress(FAREWELL_SECONDS)
         dist.destroy_process_group()
         sys.exit(code)
     sys.stdout.flush()

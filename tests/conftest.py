@@ -16,10 +16,11 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
     return load_case(request.param)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip where there is no device, with the reason."""
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip where there is no device, those marked `multinode` where nobody asks for them."""
+    asked = "multinode" in config.option.markexpr
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("multinode") and not asked:
+            item.add_marker(pytest.mark.skip(reason="two hosts are made by: make test-multinode"))

@@ -6,7 +6,6 @@ made on its own, delivered in order, and counted when it is delivered.
 """
 
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +82,7 @@ class TrainingLoader:
     prepares in the caller. prefetch: optimizer steps prepared ahead (each is `accumulation` micro-batches in memory),
     at least 1. max_bad_share: stop when more samples than this are bad.
 
-    wait_seconds: time that the caller spent waiting for data, in all. seen, skipped, skip_examples: see SkipCount.
-    Raises ValueError for numbers that do not fit together.
+    seen, skipped, skip_examples: see SkipCount. Raises ValueError for numbers that do not fit together.
     """
 
     def __init__(
@@ -102,7 +100,6 @@ class TrainingLoader:
         self.order = order
         self._samples = lru_cache(prefetch + 2)(order.batch)  # a step's micro-batches share its global batch
         self.workers, self.prefetch = workers, prefetch
-        self.wait_seconds = 0.0
         self._assembler = assembler
         self._count = SkipCount(max_bad_share)
 
@@ -135,9 +132,7 @@ class TrainingLoader:
         prepared = run_ahead(tasks, self._prepare, self.workers, self.prefetch * self.accumulation)
         try:
             for _ in range(start, stop):
-                began = time.perf_counter()
                 parts = list(islice(prepared, self.accumulation))
-                self.wait_seconds += time.perf_counter() - began
                 for part in parts:
                     self._count.add(part)
                 yield [part.batch for part in parts]

@@ -4,13 +4,15 @@ Knows DeepSpeed's launcher, whose reader and whose list of variables it asks.
 """
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meter_fast.doctor.finding import Asked, Finding, fine
+from meter_fast.doctor.finding import Asked, Finding, fine, unknown
 
 
 def commands(asked: Asked) -> Iterator[Finding]:
@@ -61,8 +63,28 @@ def environment(asked: Asked) -> Iterator[Finding | tuple[str, Any]]:
                       "NAME=VALUE lines in .deepspeed_env")  # fmt: skip
 
 
+def keep_alive(asked: Asked) -> Iterator[Finding]:
+    """Whether ssh notices that a host is gone: else deepspeed, whose ssh waits, does not end when the run does."""
+    if asked.hosts < 2 or not shutil.which("ssh"):
+        return
+    words = ["ssh", *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), "-G", "any-host"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    if "serveraliveinterval" not in said:
+        yield unknown("ssh keep-alive", done.stderr.strip() or "ssh -G does not tell")
+        return
+    every, times = int(said["serveraliveinterval"]), int(said["serveralivecountmax"])
+    if every:
+        yield fine("ssh keep-alive", f"a host that is gone is noticed after {every * times} s")
+    else:
+        yield Finding("ssh keep-alive", "remark", "ServerAliveInterval is 0: where a host or the link fails, the run "
+                      "ends, but the deepspeed command does not", "ServerAliveInterval 15 and ServerAliveCountMax 4 in "
+                      "~/.ssh/config")  # fmt: skip
+
+
+SECONDS = 10
 STAYS = ("GLOO_", "NCCL_", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "TRITON_", "CUDA_HOME",
          "CUDA_VISIBLE_DEVICES")  # fmt: skip
 
 
-PROBES = (commands, environment)
+PROBES = (commands, environment, keep_alive)

@@ -21,6 +21,7 @@ from meter_fast.data.batch import Batch
 from meter_fast.objectives.joint import Losses, shares
 from meter_fast.training.layer_decay import layers_above
 from meter_fast.training.optimizer import AdamW, Schedule, parameter_groups, shown_rates
+from meter_fast.training.phases import time_collectives
 from meter_fast.training.record import StepRecord
 from meter_fast.training.state import WEIGHT, NamedState
 from meter_fast.training.world import World
@@ -108,6 +109,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=PlainOutputs(module), optimizer=optimizer, config=settings, dist_init_required=False
         )
+        time_collectives(world.phases)
         for buffer in module.buffers():  # parameters were sent to all by DeepSpeed
             world.broadcast(buffer)
         self.module = module
@@ -122,20 +124,25 @@ class Engine:
         """One optimizer step (the `step`-th, from 0) on this process's micro-batches.
 
         counts: by objective, what the global batch holds; losses are means over it, whoever holds which part."""
+        phases = self.world.phases
+        phases.step = step
         self._engine.train()
         self.schedule.apply(self._engine.optimizer.param_groups, step)
         totals = shares(counts, self.accumulation * self.world.size)
         record = StepRecord(step, self.objectives)
         for number, batch in enumerate(batches):
             self._reseed(step, number)
-            losses = Losses(*self._engine(batch.to(self.world.device, self.dtype), totals))
-            self._engine.backward(losses.loss)
-            if number == self.accumulation - 1 and self._bare_norm:
-                bare = gradient_norm(self.module.parameters())
-            self._engine.step()
+            with phases.within("forward"):
+                losses = Losses(*self._engine(batch.to(self.world.device, self.dtype), totals))
+            with phases.within("backward"):
+                self._engine.backward(losses.loss)
+            with phases.within("optimizer"):
+                if number == self.accumulation - 1 and self._bare_norm:
+                    bare = gradient_norm(self.module.parameters())
+                self._engine.step()
             record.add(losses, batch.sample_ids)
         norm = bare if self._bare_norm else self._engine.get_global_grad_norm()
-        record.close(norm, self.rates())
+        record.close(norm, self.rates(), phases.take())
         return record
 
     def evaluated(self) -> nn.Module:

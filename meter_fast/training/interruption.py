@@ -1,10 +1,9 @@
-"""Ways in which a run is asked to end before its time: signals, a launcher that died, a step that never returns.
+"""Ways in which a run is asked to end before its time: signals, and a launcher that died.
 
 Knows the process and its ancestors. Knows nothing of training. A signal only sets a flag: saving is collective work, so
 the processes first agree on it, at the end of the step.
 """
 
-import faulthandler
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import psutil
 
 EXIT_INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: stopped on request after saving; the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
 
 # Launchers pass a signal on that the terminal or the batch system has already sent to every process of the group. Those
 # echoes arrive within moments and are the same request; whoever really asks twice waits at least this long.
@@ -64,13 +64,14 @@ class StopRequest:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    """`python .../bin/deepspeed ...` or `python -u -m deepspeed.launcher.launch ...`, not a shell that names them."""
+    """`python .../bin/deepspeed ...`, `python -u -m deepspeed.launcher.launch ...` or the same of torchrun, not a shell
+    that names them."""
     try:
         program, *arguments = process.cmdline() or [""]
     except psutil.Error:  # not ours to read, or gone meanwhile
         return False
     named = {os.path.basename(argument) for argument in arguments[:3]}
-    return "python" in os.path.basename(program) and bool(named & {"deepspeed", "deepspeed.launcher.launch"})
+    return "python" in os.path.basename(program) and bool(named & LAUNCHERS)
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -85,14 +86,3 @@ def _let_go_of_terminal() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
-
-
-def expect_progress(seconds: int) -> None:
-    """(Re)start the watchdog: unless called again within `seconds`, the process prints the stack of every thread and
-    ends with code 1. It works inside a collective that waits for a silent peer, whatever that group's own timeout."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
-
-
-def no_watchdog() -> None:
-    """Stop watching."""
-    faulthandler.cancel_dump_traceback_later()

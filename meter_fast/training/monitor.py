@@ -14,13 +14,21 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from meter_fast.training.phases import Slow
+
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 TENSORBOARD_FOLDER = "tensorboard"
+DATA_BOUND = 0.5  # share of the steps' time
+HINT = (
+    "hint: steps wait for data more than half of their time. Where cores are idle, raise data.workers; else decode "
+    "less: smaller pictures on disk, a lower resolution. python -m benchmarks.data_pipeline tells what a core decodes"
+)
 RECENT = 20  # intervals that throughput and ETA look back on
 
 
@@ -153,6 +161,7 @@ class Monitor:
         self._began = clock()
         self._earlier = 0.0  # seconds that former runs of this directory took up to the step that this one resumes
         self._board = None
+        self._first_shown = self._hinted = False
 
     # Text for people
 
@@ -206,10 +215,12 @@ class Monitor:
         grad_norm: float | None = None,
         data_wait_share: float = 0.0,
         skipped: Mapping[str, int] | None = None,
+        slow: Slow | None = None,
     ) -> None:
         """Record `step` optimizer steps done. `losses`: mean loss per objective (and "total"); `metrics`: accuracy per
-        objective, 0..1; `lrs`: per parameter group; `data_wait_share`: share of the time since the last call that the
-        trainer waited for data, 0..1; `skipped`: cause -> samples replaced since the run began."""
+        objective, 0..1; `lrs`: per parameter group; `data_wait_share`: share of the steps' time since the last call
+        that was spent waiting for data, 0..1; `skipped`: cause -> samples replaced since the run began; `slow`: a
+        process that keeps the others waiting."""
         if not self.is_main:
             return
         assert self._board is not None, "Monitor.step before Monitor.start"
@@ -230,6 +241,7 @@ class Monitor:
             "samples_per_second": speed,
             "data_wait": data_wait_share,
             "skipped": skipped,
+            "slow": asdict(slow) if slow else None,
         }
         self._write(record)
         for name, value in _scalars({"loss": losses, "accuracy": metrics, "lr": lrs}, "train"):
@@ -239,7 +251,11 @@ class Monitor:
             self._board.add_scalar("train/grad_norm", float(grad_norm), step)
         for name, value in _scalars({k: v for k, v in extra.items() if v is not None}, "run"):
             self._board.add_scalar(name, value, step)
-        self._progress(self.line(step, losses, metrics, data_wait_share, skipped))
+        self._progress(self.line(step, losses, metrics, data_wait_share, skipped, slow))
+        if data_wait_share >= DATA_BOUND and self._first_shown and not self._hinted:
+            self._hinted = True
+            self.message(HINT)
+        self._first_shown = True
 
     def evaluation(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Record held-out scores, e.g. {"mlm": {"loss": 1.2, "accuracy": 0.6}, "itm": {...}}, and print them."""
@@ -318,7 +334,15 @@ class Monitor:
         per_step = self.seconds_per_step()
         return self.samples / per_step if per_step else None
 
-    def line(self, step: int, losses: Mapping, metrics: Mapping, data_wait_share: float, skipped: Mapping) -> str:
+    def line(
+        self,
+        step: int,
+        losses: Mapping,
+        metrics: Mapping,
+        data_wait_share: float,
+        skipped: Mapping,
+        slow: Slow | None = None,
+    ) -> str:
         """The progress line."""
         width = len(str(self.total_steps))
         parts = [f"step {step:>{width}}/{self.total_steps}"]
@@ -330,7 +354,10 @@ class Monitor:
         per_step = self.seconds_per_step()
         if per_step:
             parts.append(f"{rate(self.samples / per_step)} samples/s")
-        parts.append(f"data wait {100 * data_wait_share:.0f} %")
+        data = "data-bound" if data_wait_share >= DATA_BOUND else "data wait"
+        parts.append(f"{data} {100 * data_wait_share:.0f} %")
+        if slow is not None:
+            parts.append(f"rank {slow.rank} slow: {slow.phase}, +{100 * slow.share:.0f} % of a step")
         parts.append(f"skipped {sum(skipped.values())}")
         if per_step:
             parts.append(f"ETA {duration((self.total_steps - step) * per_step)}")

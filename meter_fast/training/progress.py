@@ -4,21 +4,25 @@ Knows numbers by objective and one collective. Knows nothing of the engine or of
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from meter_fast.data.batch import Batch
-from meter_fast.data.loader import TrainingLoader
 from meter_fast.objectives.joint import counts_of
+from meter_fast.training.phases import SHARED, WORK, Slow
 from meter_fast.training.record import StepRecord
 from meter_fast.training.world import World
+
+CLEARLY_SLOWER = 0.2  # share of a step
 
 
 @dataclass(frozen=True)
 class News:
     """The same on every process. counts: by objective, what its loss is a mean over, in the coming step. losses,
-    correct, count: sums over all micro-batches of the step before."""
+    losses,
+        correct, count: sums over all micro-batches of the step before. seconds: what it took each process, by phase."""
 
     counts: dict[str, float]
     stop: bool
@@ -28,6 +32,7 @@ class News:
     correct: dict[str, float] = field(default_factory=dict)
     count: dict[str, float] = field(default_factory=dict)
     grad_norm: float | None = None
+    seconds: Sequence[Sequence[float]] = ()
 
 
 def exchange(
@@ -49,32 +54,34 @@ def exchange(
         # Finite stand-ins, so that one process's NaN does not hide what the others have.
         parts = (numbers.losses, numbers.correct, numbers.count)
         mine += [part[name] if math.isfinite(part[name]) else 0.0 for part in parts for name in names]
+        mine += [s if rank == world.rank else 0.0 for rank in range(world.size) for s in record.seconds]
     total = world.sum(mine)
     n = len(names)
     stop, failed, counts = total[0] > 0, total[1] > 0, dict(zip(names, total[2 : 2 + n]))
     if numbers is None:
         return News(counts, stop, failed, False)
     sums = [dict(zip(names, total[3 + (1 + i) * n :])) for i in range(3)]
-    return News(counts, stop, failed, total[2 + n] > 0, *sums, norm)
+    seconds = np.reshape(total[3 + 4 * n :], (world.size, len(SHARED))).tolist()
+    return News(counts, stop, failed, total[2 + n] > 0, *sums, norm, seconds)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Means over an interval."""
+    """Means over an interval. data_wait_share: of the time of a step that the process which waited longest waited for
+    its data, 0..1. slow: if one process is clearly slower than the others."""
 
     losses: dict[str, float]
     accuracies: dict[str, float]
     data_wait_share: float
+    slow: Slow | None
 
 
 class Interval:
     """Adds steps up between two lines of the log."""
 
-    def __init__(self, names: Sequence[str], loader: TrainingLoader) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._loader = loader
         self._news: list[News] = []
-        self._began, self._waited = time.monotonic(), loader.wait_seconds
 
     def add(self, news: News) -> None:
         """One step."""
@@ -87,7 +94,22 @@ class Interval:
         }
         counts = {n: math.fsum(s.count[n] for s in self._news) for n in self._names}
         right = {n: math.fsum(s.correct[n] for s in self._news) / max(1.0, counts[n]) for n in self._names}
-        now, waited = time.monotonic(), self._loader.wait_seconds
-        share = (waited - self._waited) / max(1e-9, now - self._began)
-        self._news, self._began, self._waited = [], now, waited
-        return Shown({**losses, "total": math.fsum(losses.values())}, right, min(1.0, share))
+        waited = math.fsum(max(row[SHARED.index("data")] for row in s.seconds) for s in self._news)
+        by_rank = np.sum([s.seconds for s in self._news], axis=0)
+        share = waited / max(1e-9, by_rank.sum(axis=1).max())
+        self._news = []
+        return Shown({**losses, "total": math.fsum(losses.values())}, right, min(1.0, share), slowest(by_rank))
+
+
+def slowest(seconds: np.ndarray) -> Slow | None:
+    """The process that takes clearly longer than the others for its own work, if there is one. seconds [ranks, SHARED];
+    those who wait for it do so in `reduce`, which is nobody's work."""
+    if len(seconds) < 2:
+        return None
+    work = seconds[:, : len(WORK)]
+    rank = int(work.sum(axis=1).argmax())
+    others = np.delete(work, rank, axis=0)
+    share = (work[rank].sum() - np.median(others.sum(axis=1))) / max(1e-9, seconds.sum(axis=1).max())
+    if share < CLEARLY_SLOWER:
+        return None
+    return Slow(rank, WORK[int((work[rank] - np.median(others, axis=0)).argmax())], float(share))

@@ -7,6 +7,7 @@ next step's start. By then the device has long been past the losses: nothing sta
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class StepRecord:
         self.names = names
         self.sample_ids: list[Tensor] = []
         self.rates: dict[str, float] = {}
+        self.seconds: Sequence[float] = ()
         self._rows: list[Tensor] = []
         self._norm_known = False
         self._host: Tensor | None = None
@@ -46,9 +48,10 @@ class StepRecord:
         self._rows.append(torch.stack([value.detach().double() for value in values]))
         self.sample_ids.append(sample_ids)
 
-    def close(self, grad_norm: Tensor | float | None, rates: dict[str, float]) -> None:
-        """The step is done: begin the copy to the host."""
-        self.rates = rates
+    def close(self, grad_norm: Tensor | float | None, rates: dict[str, float], seconds: Sequence[float]) -> None:
+        """The step is done: begin the copy to the host. seconds: what it took this process, by
+        phase."""
+        self.rates, self.seconds = rates, seconds
         self._norm_known = grad_norm is not None
         table = torch.stack(self._rows)
         norm = torch.as_tensor(grad_norm if self._norm_known else 0.0, dtype=torch.float64, device=table.device)

@@ -40,8 +40,8 @@ FIXED = (
 )
 TOKEN_TYPES = "fusion.token_types.weight"
 # Says nothing about the run's results.
-FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "data.root", "data.workers",
-        "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
+FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "run.peer_seconds", "data.root",
+        "data.workers", "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
 
 
 @dataclass

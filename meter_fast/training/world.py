@@ -9,7 +9,7 @@ own on the host, so that agreeing on them never waits for the accelerator.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meter_fast.training import slurm
+from meter_fast.training.phases import REDUCE, Phases
 from meter_fast.training.ports import free_port
 
 
@@ -27,13 +29,14 @@ class StoppedTogether(RuntimeError):
 @dataclass(frozen=True)
 class World:
     """This process among all of the run. `host`: the group for `sum`, `share` and `together`; None for one that is
-    alone and has joined no group."""
+    alone and has joined no group. `phases`: what it is doing."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     host: Any
+    phases: Phases = field(default_factory=Phases, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +48,8 @@ class World:
         if self.host is None:
             return values
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.host)
+        with self.phases.within(REDUCE):
+            dist.all_reduce(total, group=self.host)
         return total.tolist()
 
     def share(self, value: Any) -> list[Any]:
@@ -56,11 +60,12 @@ class World:
         if self.host is None:
             return [_value(text)]
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([text.numel()]), group=self.host)
-        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-        padded[: text.numel()] = text
-        texts = [torch.zeros_like(padded) for _ in range(self.size)]
-        dist.all_gather(texts, padded, group=self.host)
+        with self.phases.within(REDUCE):
+            dist.all_gather(sizes, torch.tensor([text.numel()]), group=self.host)
+            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+            padded[: text.numel()] = text
+            texts = [torch.zeros_like(padded) for _ in range(self.size)]
+            dist.all_gather(texts, padded, group=self.host)
         return [_value(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
     def hear(self, value: Any) -> Any:
@@ -69,10 +74,11 @@ class World:
         if self.host is None:
             return _value(text)
         size = torch.tensor([text.numel()])
-        dist.broadcast(size, 0, group=self.host)
-        if not self.is_main:
-            text = torch.zeros(int(size), dtype=torch.uint8)
-        dist.broadcast(text, 0, group=self.host)
+        with self.phases.within(REDUCE):
+            dist.broadcast(size, 0, group=self.host)
+            if not self.is_main:
+                text = torch.zeros(int(size), dtype=torch.uint8)
+            dist.broadcast(text, 0, group=self.host)
         return _value(text)
 
     def together(self, work: Callable[[], Any]) -> Any:
@@ -110,7 +116,8 @@ class World:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The main process's values of `tensor` (on `device`), in place. Collective."""
         if self.host is not None:
-            dist.broadcast(tensor, 0)
+            with self.phases.within(REDUCE):
+                dist.broadcast(tensor, 0)
         return tensor
 
 
@@ -128,12 +135,13 @@ def alone(device: torch.device | str) -> World:
 
 
 def start(timeout_seconds: int) -> World:
-    """Join the run that the launcher describes, or make one of a single process where there is no launcher.
+    """Join the run that the launcher (or srun) describes, or make one of a single process where there is none.
 
     timeout_seconds: how long a collective of the default group may wait for a peer."""
     import deepspeed  # slow, and of no use to a process that is alone
     from deepspeed.accelerator import get_accelerator
 
+    os.environ.update(slurm.variables(os.environ))
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))

@@ -337,19 +337,6 @@ def test_the_caller_need_not_wait_long_for_its_turn():
     assert sys.getswitchinterval() == before
 
 
-def test_waiting_is_measured(sound, tokenizer):
-    slow = threading.Event()
-
-    class Slow(Recorded):
-        def read(self, index):
-            slow.wait(0.01)
-            return super().read(index)
-
-    loader = loader_of(Slow.over(sound), tokenizer, global_batch=4, workers=1, prefetch=1)
-    list(loader.steps(0, 3))
-    assert loader.wait_seconds > 0.03  # the first step's four reads at least
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -149,6 +149,17 @@ def test_variables_travel_as_the_launcher_sends_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh")
+@pytest.mark.parametrize(("interval", "level", "says"), [(0, "remark", "does not"), (7, "fine", "after 28 s")])
+def test_whether_ssh_notices_that_a_host_is_gone(tmp_path, monkeypatch, interval, level, says):
+    monkeypatch.setenv(
+        "PDSH_SSH_ARGS_APPEND", f"-F /dev/null -o ServerAliveInterval={interval} -o ServerAliveCountMax=4"
+    )
+    (one,) = launcher.keep_alive(asked(tmp_path, hosts=2))
+    assert one.level == level and says in one.value
+    assert not list(launcher.keep_alive(asked(tmp_path, hosts=1)))
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh")
 def test_a_host_that_is_not_there(tmp_path):
     cluster = asyncio.run(look({"192.0.2.1": 8}, asked(tmp_path, seconds=5.0), {}))
     (one,) = cluster.reached["192.0.2.1"]
