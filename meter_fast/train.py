@@ -41,8 +41,8 @@ from meter_fast.training.resume import (
     find_start,
     load_weights,
     restore,
-    save,
 )
+from meter_fast.training.saving import Saver
 from meter_fast.training.tasks import task_of
 from meter_fast.training.world import StoppedTogether, World
 
@@ -62,6 +62,7 @@ class Run:
     engine: Engine
     pairs: Pairs
     monitor: Monitor
+    saver: Saver
     start: Start
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -90,10 +91,13 @@ def fit(run: Run) -> int:
         for step in range(begin, options.max_steps + 1):
             expect_progress(options.hang_seconds)
             batches, failure = fetch(steps) if step < options.max_steps else ([], None)
-            news = exchange(run.world, run.engine.objectives, batches, record, run.stop.pending(), failure is not None)
+            failed = failure is not None or run.saver.poll()
+            news = exchange(run.world, run.engine.objectives, batches, record, run.stop.pending(), failed)
             if record is not None:
                 stop_if_not_finite(run, record, news)
                 report(run, interval, record, news, step)
+            if news.failed:
+                run.saver.wait()  # where it is a checkpoint that could not be written, all end here
             last = step == options.max_steps
             if record is not None:
                 keep(run, step, last or news.stop or news.failed)
@@ -185,15 +189,13 @@ def keep(run: Run, step: int, must_save: bool) -> None:
             return
         expect_progress(options.hang_seconds)
         description = describe_run(run.config, run.world, run.pairs.identity())
-        path = save(run.engine.state, run.world, run.checkpoints, step, {**description, "skipped": run.skipped()})
+        run.saver.save(step, {**description, "skipped": run.skipped()})
+        if must_save or best:
+            run.saver.wait()
         if best:
-            folder = Path(options.dir) / "best"
-            write_model(run, folder)
+            write_model(run, Path(options.dir) / "best")
             run.world.together(lambda: checkpoint.mark_best(run.checkpoints, step, score))
-        if run.world.is_main:
-            for line in checkpoint.prune(run.checkpoints, options.keep_last):
-                run.monitor.message(f"warning: {line}")
-            run.monitor.message(f"saved {path}" + (", the best so far" if best else ""))
+            run.monitor.message(f"the best so far: step {step}")
 
 
 def evaluate(run: Run, step: int) -> float:
@@ -275,7 +277,11 @@ def prepare(config: RunConfig, this: World) -> Run:
     monitor.banner(banner.rows(config, this, engine, pairs, start, module.model, memory))
     this.together(lambda: note_settings(config))
     monitor.start(start.step)
-    return Run(config, this, engine, pairs, monitor, start)
+    options = config.run
+    saver = Saver(
+        engine.state, this, checkpoints_of(options.dir), options.keep_last, options.async_save, monitor.message
+    )
+    return Run(config, this, engine, pairs, monitor, saver, start)
 
 
 def build(config: RunConfig, this: World, start: Start) -> torch.nn.Module:
@@ -330,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         no_watchdog()
         if run is not None:
+            run.saver.close()
             run.monitor.close()
             run.pairs.close()
 

@@ -14,6 +14,7 @@ import time
 import psutil
 
 EXIT_INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: stopped on request after saving; the same command goes on
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "meter-fast"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Launchers pass a signal on that the terminal or the batch system has already sent to every process of the group. Those
@@ -64,13 +65,14 @@ class StopRequest:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    """`python .../bin/deepspeed ...` or `python -u -m deepspeed.launcher.launch ...`, not a shell that names them."""
+    """`python .../bin/deepspeed ...`, `python -u -m deepspeed.launcher.launch ...` or `python .../bin/meter-fast ...`,
+    which starts runs again; not a shell that names them."""
     try:
         program, *arguments = process.cmdline() or [""]
     except psutil.Error:  # not ours to read, or gone meanwhile
         return False
     named = {os.path.basename(argument) for argument in arguments[:3]}
-    return "python" in os.path.basename(program) and bool(named & {"deepspeed", "deepspeed.launcher.launch"})
+    return "python" in os.path.basename(program) and bool(named & LAUNCHERS)
 
 
 def _is_alive(process: psutil.Process) -> bool:

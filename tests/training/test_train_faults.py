@@ -37,7 +37,7 @@ def go_on_and_compare(ranks: RankServer, data: Path, run: Path, undisturbed: Pat
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault="killed", at=3, on_rank=1, timeout=90)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault="kill@rank=1,step=3,place=backward", timeout=90)
     assert ended.codes[1] == -signal.SIGKILL
     assert ended.codes[0] == 1
     assert ended.seconds[0] - ended.seconds[1] < 60
@@ -46,10 +46,10 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, data, tmp_pa
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
-@pytest.mark.parametrize("fault", ["terminated", "hung_up"])
+@pytest.mark.parametrize("fault", ["term", "hup"])
 def test_a_signal_to_one_process_saves_together(ranks, data, tmp_path, undisturbed, fault):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault=fault, at=2, on_rank=1).check(75)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault=f"{fault}@rank=1,step=2").check(75)
     assert "stopped after step 3" in ended.logs[0] and "Traceback" not in "".join(ended.logs)
     assert checkpoint.steps(run / "checkpoints") == [2, 3]
     go_on_and_compare(ranks, data, run, undisturbed)
@@ -85,24 +85,22 @@ def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tm
 def test_a_step_that_hangs_shows_stacks_and_ends(ranks, data, tmp_path):
     run = tmp_path / "run"
     chosen = settings(data, *SHORT, "run.hang_seconds=12")
-    ended = ranks.train(2, run, chosen, fault="asleep", at=3, on_rank=1, timeout=90)
+    ended = ranks.train(2, run, chosen, fault="sleep@rank=1,step=3", timeout=90)
     assert ended.codes == [1, 1]
     assert "Timeout" in ended.logs[1]
-    assert "most recent call first" in ended.logs[1] and "workers.py" in ended.logs[1]
+    assert "most recent call first" in ended.logs[1] and "faults.py" in ended.logs[1]
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"), [("not_a_number", "the loss of step 3"), ("infinite_gradient", "the gradient of")]
-)
+@pytest.mark.parametrize(("fault", "said"), [("nan", "the loss of step 3"), ("infinite-gradient", "the gradient of")])
 @pytest.mark.parametrize("engine", [("engine.zero=0", "engine.dtype=fp32"), ("engine.zero=2", "engine.dtype=bf16")])
 def test_all_stop_together_when_one_is_not_finite(ranks, data, tmp_path, undisturbed, fault, said, engine):
     """The message names step, process and samples; no checkpoint holds the step."""
     run = tmp_path / "run"
     chosen = settings(data, *SHORT, *engine, "run.save_every=1")
-    ended = ranks.train(2, run, chosen, fault=fault, at=3, on_rank=1).check(1)
+    ended = ranks.train(2, run, chosen, fault=f"{fault}@rank=1,step=3").check(1)
     assert said in ended.logs[0] and "Traceback" not in "".join(ended.logs)
     ids = json.loads((run / "samples-1.jsonl").read_text().splitlines()[3])["samples"]
-    assert f"samples {ids[0] if fault == 'not_a_number' else ids}" in ended.logs[0]
+    assert f"samples {ids[0] if fault == 'nan' else ids}" in ended.logs[0]
     assert "rank 1" in ended.logs[0]
     assert checkpoint.steps(run / "checkpoints") == [1, 2, 3]
     assert "samples" in (run / "not-finite-step-3.json").read_text()
@@ -111,8 +109,8 @@ def test_all_stop_together_when_one_is_not_finite(ranks, data, tmp_path, undistu
 
 def test_data_that_fails_on_one_process_saves_and_stops_all(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault="unreadable_data", at=3, on_rank=1).check(2)
-    assert "rank 1: the table has gone" in ended.logs[1] and "Traceback" not in "".join(ended.logs)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault="error@rank=1,step=3,place=data").check(2)
+    assert "rank 1: [Errno 5] the disk has gone" in ended.logs[1] and "Traceback" not in "".join(ended.logs)
     assert checkpoint.steps(run / "checkpoints") == [2, 3]
     go_on_and_compare(ranks, data, run, undisturbed)
 
@@ -129,9 +127,9 @@ def test_killed_while_writing_leaves_the_older_checkpoint(ranks, data, tmp_path)
         shutil.copytree(run, victim)
         shutil.rmtree(victim / "logs")
         if number < len(files):
-            ended = ranks.train(1, victim, chosen, fault="killed_while_writing", at=number)
+            ended = ranks.train(1, victim, chosen, fault=f"kill@place=write,step=4,file={number}")
         else:
-            ended = ranks.train(1, victim, chosen, fault="killed_when_renaming", at=4)
+            ended = ranks.train(1, victim, chosen, fault="kill@place=rename,step=4")
         assert ended.codes == [-signal.SIGKILL]
         left = [p.name for p in (victim / "checkpoints").iterdir()]
         assert sorted(n.startswith(".writing-step-00000004") for n in left) == [False, True], left
@@ -145,7 +143,7 @@ def test_killed_while_writing_leaves_the_older_checkpoint(ranks, data, tmp_path)
 
 def test_no_room_on_the_disk(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault="full_disk", at=2).check(2)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault="full-disk@step=4,file=1").check(2)
     message = ended.logs[0]
     assert "the checkpoint of step 4 could not be written" in message and "step-00000002" in message
     assert "Traceback" not in "".join(ended.logs)
