@@ -1,0 +1,110 @@
+"""Writes the table of reliability scenarios from the tests that show them: `pytest -p tests.scenario_table`.
+
+A test belongs to a scenario by `@pytest.mark.scenario(8, "what it shows", fails_without="the guard")`: fails_without
+names what was taken out of the program to see the test fail. `record_property("figure", "...")` adds a figure. One row
+a test function; its cases are counted together. The table holds what this run of pytest ran.
+"""
+
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+HEAD = """# What goes wrong, and what happens then
+
+Written by `make test-faults` from the tests that carry out each scenario; do not edit. Faults are real: processes are
+killed with SIGKILL in the middle of a pass or of a file, writes fail half way, bytes are flipped. "Fails without" names
+what was taken out of the program to see the test fail; where it is empty, that has not been tried.
+
+{machine}
+"""
+TITLES = {
+    1: "Resume, one process", 2: "Resume, two processes, ZeRO 1 and 2, bf16 and fp32, accumulation",
+    3: "Asked to save in the middle of an accumulation window", 4: "A process is killed in the middle of a step",
+    5: "The job is started again after a crash", 6: "SIGTERM at any step", 7: "SIGINT, SIGHUP, closed terminal",
+    8: "Killed while a checkpoint is written", 9: "Full disk", 10: "Read-only, vanished or slow folder",
+    11: "Damaged checkpoints", 12: "A checkpoint that cannot be removed", 13: "Another number of processes",
+    14: "Another ZeRO stage, accumulation or micro-batch", 15: "Another number of loader threads",
+    16: "A global batch that does not divide", 17: "Fewer samples than processes", 18: "Another picture size",
+    19: "Odd and broken pictures", 20: "Decompression bombs", 21: "Damaged shards", 22: "Hostile members of archives",
+    23: "Odd texts", 24: "No token to predict", 25: "Nothing but bad samples", 26: "Replacement of bad samples",
+    27: "A loss that is not finite", 28: "A gradient that is not finite", 29: "Loss spikes and replay of a step",
+    30: "Kernels against the reference", 31: "Odd shapes in kernels", 32: "Dropout", 33: "The recorded curve",
+    34: "A slow process", 35: "A slow loader", 36: "A process that hangs", 37: "Memory and open files over 2,000 steps",
+    38: "Ports and meeting points", 39: "Faults of the GPU or of NCCL", 40: "Files that try to run code",
+    41: "Crafted safetensors", 42: "Settings and names as an attack", 43: "Demo server",
+    44: "Published checkpoints with objects of Lightning",
+}  # fmt: skip
+
+
+@dataclass
+class Row:
+    """A test function: its scenario, what it shows, and how its cases ended."""
+
+    number: int
+    shows: str
+    fails_without: str
+    name: str
+    seconds: float = 0.0
+    outcomes: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        passed, ran = self.outcomes.count("passed"), len([o for o in self.outcomes if o != "skipped"])
+        result = "skipped" if not ran else "pass" if passed == ran else f"FAIL ({ran - passed} of {ran})"
+        cases = f", {ran} cases" if ran > 1 and passed == ran else ""
+        cells = (str(self.number), self.shows, f"{result}{cases}", f"{self.seconds:.0f} s", "; ".join(self.figures),
+                 self.fails_without, f"`{self.name}`")  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+
+class Table:
+    """Collects the rows."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, str], Row] = {}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo):
+        report = (yield).get_result()
+        for mark in item.iter_markers("scenario"):
+            number, shows = mark.args
+            name = f"{item.path.relative_to(PAGE.parents[1])}::{item.originalname}"
+            row = self.rows.setdefault(
+                (number, name), Row(number, shows, mark.kwargs.get("fails_without", ""), name.removeprefix("tests/"))
+            )
+            row.seconds += report.duration
+            if report.when == "call" or not report.passed:
+                row.outcomes.append(report.outcome)
+                row.figures += [str(value) for key, value in report.user_properties if key == "figure"]
+
+    def pytest_sessionfinish(self) -> None:
+        if self.rows:
+            PAGE.write_text(self.page(), encoding="utf-8")
+
+    def page(self) -> str:
+        lines = [HEAD.format(machine=machine()), "| # | shown | result | time | figure | fails without | test |",
+                 "| ---: | --- | --- | ---: | --- | --- | --- |"]  # fmt: skip
+        numbers = {number for number, _ in self.rows}
+        for number in sorted(numbers):
+            lines.append(f"| **{number}** | **{TITLES[number]}** | | | | | |")
+            lines += [row.line() for key, row in sorted(self.rows.items()) if key[0] == number]
+        rest = [f"{number} ({TITLES[number].lower()})" for number in sorted(TITLES.keys() - numbers)]
+        lines += ["", f"Without a row here: {', '.join(rest)}."] if rest else []
+        return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Day, processor and versions that the times belong to."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
+    cores = f"{os.cpu_count()} cores ({platform.machine()}), not idle otherwise"
+    return f"{date.today()}; {cores}; Python {platform.python_version()}, {packages}."
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Table(), "scenario-table")
