@@ -20,6 +20,8 @@ from meter_fast.cli_plan import add_plan
 from meter_fast.cli_predict import add_predict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from meter_fast.training.world import World
 
 EXIT_WRONG_INPUT = 2
@@ -49,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=int, metavar="N", help="through the deepspeed launcher, one for each GPU")
     train.add_argument("--hostfile", default="", metavar="F", help="through the deepspeed launcher, on these hosts")
     train.set_defaults(run=run_training)
+
+    replay = commands.add_parser("replay", help="do one step of a run again and print what it read and gave")
+    replay.add_argument("model", metavar="RUN_DIR", type=Path)
+    replay.add_argument("step", metavar="STEP", type=int, help="as in metrics.jsonl")
+    replay.set_defaults(run=replay_step)
 
     add_evaluate(commands)
 
@@ -131,15 +138,26 @@ def run_training(arguments: argparse.Namespace) -> int | None:
         from meter_fast.restarts import train_with_restarts
 
         return train_with_restarts(command, Path(config.run.dir), processes or 1, hostfile, most)
+    from meter_fast.train import main as train
+
+    return _alone(lambda: train(command))
+
+
+def replay_step(arguments: argparse.Namespace) -> int:
+    from meter_fast.replay import replay
+
+    return _alone(lambda: replay(arguments.model, arguments.step))
+
+
+def _alone(work: "Callable[[], int]") -> int:
+    """Carry out `work` as a run of one process, whatever launcher's variables there are."""
     import torch.distributed
 
-    from meter_fast.train import main as train
     from meter_fast.training.ports import free_port
 
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone, MASTER_PORT=str(free_port()))
-
-    code = train(command)
+    code = work()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code

@@ -43,6 +43,7 @@ from meter_fast.training.resume import (
     restore,
 )
 from meter_fast.training.saving import Saver
+from meter_fast.training.spikes import Spikes
 from meter_fast.training.tasks import task_of
 from meter_fast.training.world import StoppedTogether, World
 
@@ -65,6 +66,7 @@ class Run:
     saver: Saver
     start: Start
     stop: StopRequest = field(default_factory=StopRequest)
+    spikes: Spikes = field(default_factory=Spikes)
 
     @property
     def checkpoints(self) -> Path:
@@ -169,6 +171,10 @@ def report(run: Run, interval: Interval, record: StepRecord, news: News, step: i
     """Add a step to the interval and, at its end, show the interval's means."""
     interval.add(news)
     options = run.config.run
+    loss = sum(news.losses.values()) / (run.engine.accumulation * run.world.size)
+    if (usual := run.spikes.usual(loss)) is not None:
+        run.monitor.message(f"warning: the loss of step {step} is {loss:.4g} after {usual:.4g}; "
+                            f"meter-fast replay {options.dir} {step} shows what it read")  # fmt: skip
     if step % options.log_every == 0 or step == options.max_steps or step == 1:
         skipped = run.skipped()
         shown = interval.close(run.engine.accumulation * run.world.size)

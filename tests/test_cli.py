@@ -42,6 +42,7 @@ def test_commands_and_options_are_these():
         ],
         "data check": ["root", "--names", "--decode", "--max-bad-share", "--json", "--workers"],
         "train": ["recipe", "settings", "--max-restarts", "--processes", "--hostfile"],
+        "replay": ["model", "step"],
         "evaluate": [
             *(
                 "model",

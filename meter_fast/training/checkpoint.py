@@ -188,6 +188,10 @@ class Reader:
         """Name -> shape of every tensor of a kind."""
         return {name: tuple(file.get_slice(name).get_shape()) for (k, name), file in self._where.items() if k == kind}
 
+    def dtype(self, kind: str, name: str) -> str:
+        """As the file says it: F32, BF16, ..."""
+        return self._where[kind, name].get_slice(name).get_dtype()
+
     def tensor(self, kind: str, name: str) -> Tensor:
         """One tensor, on the host."""
         return self._where[kind, name].get_tensor(name)

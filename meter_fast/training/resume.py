@@ -196,12 +196,29 @@ def _with_heads(tensors: dict[str, Tensor], model: nn.Module, notes: list[str]) 
 
 
 def restore(state: NamedState, start: Start, world: World) -> None:
-    """Put the master weights and moments of the checkpoint into the engine; nothing to do for a fresh start."""
+    """Put the master weights and moments of the checkpoint into the engine; nothing to do for a fresh start. Raises
+    CheckpointError if they are not those of the engine's parameters."""
     if not world.hear(start.reader is not None):
         return
+    world.together(lambda: _check_fit(start.reader, state.shapes()))
     for kind in KINDS:
         for name in state.names:
             state.write(kind, name, start.reader.tensor(kind, name) if world.is_main else None)
+
+
+def _check_fit(reader: Reader, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Nothing is read or sent before all of it is known to fit."""
+    for kind in KINDS:
+        held = reader.shapes(kind)
+        for name in sorted(
+            held.keys() ^ shapes.keys() | {n for n in held.keys() & shapes.keys() if held[n] != shapes[n]}
+        ):
+            raise CheckpointError(
+                f"{reader.folder}: {kind} of {name} is {held.get(name, 'missing')}, the model has "
+                f"{shapes.get(name, 'no such parameter')}"
+            )
+        if odd := sorted(name for name in held if reader.dtype(kind, name) != "F32"):
+            raise CheckpointError(f"{reader.folder}: {kind} of {odd[0]} is {reader.dtype(kind, odd[0])}, not fp32")
 
 
 # -------------------------------------------------------------------------------------------------------------- saving

@@ -38,3 +38,16 @@ def watch_samples(path: Path) -> None:
 def train_until(argv: Sequence[str], end: int) -> int:
     """Train with SIGTERM to this process once step `end` has begun its successor: it saves after step `end`."""
     return train(argv, fault=f"term@step={end - 1}")
+
+
+def train_at(argv: Sequence[str], port: int) -> int:
+    """meter_fast.train, to meet at a port of the test's choice."""
+    os.environ["MASTER_PORT"] = str(port)
+    return program.main(argv)
+
+
+def replay(run: str, step: int) -> int:
+    """meter_fast.replay in this process."""
+    from meter_fast.replay import main
+
+    return main([run, str(step)])
