@@ -46,12 +46,14 @@ def start(run: Path, options: list[str], chosen: list[str], fault: str = "") -> 
         (None, Failure("", 9, 8), 3, "3 restarts are used up"),
     ],
 )
+@pytest.mark.scenario(5, "the rule: not without progress, not for the same NaN, not more often than told")
 def test_when_to_give_up(before, now, restarts, said):
     reason = reason_to_give_up(before, now, restarts, 3)
     assert said in reason and bool(said) == bool(reason)
 
 
 @pytest.mark.slow
+@pytest.mark.scenario(5, "two kills through the real launcher, restarted: bit for bit as without")
 def test_two_crashes_cost_nothing_but_time(ranks, data, tmp_path):
     """Rank 1 is killed in a backward pass, rank 0 in the middle of a checkpoint. The launcher names whichever process
     it sees first as the cause."""
@@ -70,6 +72,7 @@ def test_two_crashes_cost_nothing_but_time(ranks, data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scenario(5, "NaN at the same step twice is not tried a third time")
 def test_a_step_that_is_not_finite_twice_ends_it(data, tmp_path):
     run = tmp_path / "run"
     ended = start(run, ["--max-restarts", "5"], settings(data, *SHORT), "nan@step=3").wait(200)
@@ -80,6 +83,7 @@ def test_a_step_that_is_not_finite_twice_ends_it(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scenario(5, "exit code 2 is not tried again")
 def test_wrong_settings_and_a_full_disk_are_not_tried_again(data, tmp_path):
     run = tmp_path / "run"
     assert start(run, ["--max-restarts", "5"], settings(data, "optim.lrr=1")).wait(100) == 2
@@ -89,6 +93,7 @@ def test_wrong_settings_and_a_full_disk_are_not_tried_again(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scenario(6, "SIGTERM to the restarting command: the run saves, nothing is restarted, no process stays")
 def test_a_request_to_stop_reaches_the_run_and_ends_both(data, tmp_path):
     run = tmp_path / "run"
     chosen = settings(data, "run.max_steps=100000", "run.save_every=100000", "engine.dtype=fp32")

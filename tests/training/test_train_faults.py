@@ -35,6 +35,9 @@ def go_on_and_compare(ranks: RankServer, data: Path, run: Path, undisturbed: Pat
     return ended.logs[0]
 
 
+@pytest.mark.scenario(
+    4, "SIGKILL inside a backward pass: the other process ends with its stack, the same command goes on bit for bit"
+)
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
     ended = ranks.train(2, run, settings(data, *SHORT), fault="kill@rank=1,step=3,place=backward", timeout=90)
@@ -47,6 +50,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, data, tmp_pa
 
 
 @pytest.mark.parametrize("fault", ["term", "hup"])
+@pytest.mark.scenario(6, "SIGTERM or SIGHUP to one of two processes: both save the same step")
 def test_a_signal_to_one_process_saves_together(ranks, data, tmp_path, undisturbed, fault):
     run = tmp_path / "run"
     ended = ranks.train(2, run, settings(data, *SHORT), fault=f"{fault}@rank=1,step=2").check(75)
@@ -55,6 +59,7 @@ def test_a_signal_to_one_process_saves_together(ranks, data, tmp_path, undisturb
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
+@pytest.mark.scenario(7, "SIGINT and its echoes save; a second request ends at once")
 def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tmp_path):
     run = tmp_path / "run"
     long = settings(data, "run.max_steps=100000", "run.save_every=100000", "engine.dtype=fp32")
@@ -82,6 +87,7 @@ def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tm
     assert ended.codes == [128 + signal.SIGTERM, -signal.SIGKILL]
 
 
+@pytest.mark.scenario(36, "a process that sleeps: every stack is printed and all end within run.hang_seconds")
 def test_a_step_that_hangs_shows_stacks_and_ends(ranks, data, tmp_path):
     run = tmp_path / "run"
     chosen = settings(data, *SHORT, "run.hang_seconds=12")
@@ -93,6 +99,14 @@ def test_a_step_that_hangs_shows_stacks_and_ends(ranks, data, tmp_path):
 
 @pytest.mark.parametrize(("fault", "said"), [("nan", "the loss of step 3"), ("infinite-gradient", "the gradient of")])
 @pytest.mark.parametrize("engine", [("engine.zero=0", "engine.dtype=fp32"), ("engine.zero=2", "engine.dtype=bf16")])
+@pytest.mark.scenario(
+    27,
+    "NaN or infinity on one process: all stop at that step, which names process, micro-batch and samples; no "
+    "checkpoint holds it",
+)
+@pytest.mark.scenario(
+    28, "an infinite gradient under a finite loss: the same (there is no fp16 here, and no loss scale)"
+)
 def test_all_stop_together_when_one_is_not_finite(ranks, data, tmp_path, undisturbed, fault, said, engine):
     """The message names step, process and samples; no checkpoint holds the step."""
     run = tmp_path / "run"
@@ -115,6 +129,11 @@ def test_data_that_fails_on_one_process_saves_and_stops_all(ranks, data, tmp_pat
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
+@pytest.mark.scenario(
+    8,
+    "SIGKILL in each file of a checkpoint in turn and before the rename: the older one is chosen, the rest is "
+    "named and cleared away",
+)
 def test_killed_while_writing_leaves_the_older_checkpoint(ranks, data, tmp_path):
     """SIGKILL in each file of the second checkpoint in turn, and just before it becomes visible."""
     run = tmp_path / "run"
@@ -141,6 +160,11 @@ def test_killed_while_writing_leaves_the_older_checkpoint(ranks, data, tmp_path)
     assert sorted(p.name for p in (victim / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (2, 4, 6)]
 
 
+@pytest.mark.scenario(
+    9,
+    "no space while a checkpoint is written beside the steps: all end with one message, nothing half done "
+    "stays, the same command goes on bit for bit",
+)
 def test_no_room_on_the_disk(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
     ended = ranks.train(2, run, settings(data, *SHORT), fault="full-disk@step=4,file=1").check(2)
@@ -151,6 +175,9 @@ def test_no_room_on_the_disk(ranks, data, tmp_path, undisturbed):
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
+@pytest.mark.scenario(
+    11, "a flipped bit, a missing manifest, a stranger's file: named, passed over, the older one chosen"
+)
 def test_damaged_checkpoints_are_passed_over_by_name(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
