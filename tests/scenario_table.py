@@ -1,8 +1,7 @@
 """Writes the table of reliability scenarios from the tests that show them: `pytest -p tests.scenario_table`.
 
-A test belongs to a scenario by `@pytest.mark.scenario(8, "what it shows", fails_without="the guard")`: fails_without
-names what was taken out of the program to see the test fail. `record_property("figure", "...")` adds a figure. One row
-a test function; its cases are counted together. The table holds what this run of pytest ran.
+A test belongs to a scenario by `@pytest.mark.scenario(8, "what it shows")`. `record_property("figure", "...")` adds a
+figure. One row a test function; its cases are counted together. The table holds what this run of pytest ran.
 """
 
 import os
@@ -14,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutations import guards
+
+GUARDS = guards()
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 HEAD = """# What goes wrong, and what happens then
 
 Written by `make test-faults` from the tests that carry out each scenario; do not edit. Faults are real: processes are
 killed with SIGKILL in the middle of a pass or of a file, writes fail half way, bytes are flipped. "Fails without" names
-what was taken out of the program to see the test fail; where it is empty, that has not been tried.
+what `python -m tests.mutations` takes out of the program to see the test fail.
 
 {machine}
 """
@@ -76,7 +78,8 @@ class Table:
             number, shows = mark.args
             name = f"{item.path.relative_to(PAGE.parents[1])}::{item.originalname}"
             row = self.rows.setdefault(
-                (number, name), Row(number, shows, mark.kwargs.get("fails_without", ""), name.removeprefix("tests/"))
+                (number, name),
+                Row(number, shows, GUARDS.get(name.removeprefix("tests/"), ""), name.removeprefix("tests/")),
             )
             row.seconds += report.duration
             if report.when == "call" or not report.passed:

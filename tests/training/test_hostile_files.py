@@ -89,8 +89,7 @@ def reseal(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.scenario(
-    41, "moments of another shape or type, missing or strange, in a checkpoint with right hashes: refused",
-    fails_without="_check_fit in resume.py",
+    41, "moments of another shape or type, missing or strange, in a checkpoint with right hashes: refused"
 )  # fmt: skip
 def test_moments_that_do_not_fit_are_refused(ranks, data, tmp_path):
     run = tmp_path / "run"

@@ -50,11 +50,7 @@ def slow(monkeypatch) -> threading.Event:
     return go
 
 
-@pytest.mark.scenario(
-    8,
-    "a checkpoint holds the step it was begun at, whatever the steps do meanwhile",
-    fails_without="the copy in _on_host",
-)
+@pytest.mark.scenario(8, "a checkpoint holds the step it was begun at, whatever the steps do meanwhile")
 def test_steps_go_on_while_the_disk_is_slow(tmp_path, slow):
     state = State()
     before = {key: tensor.clone() for key, tensor in state.tensors.items()}
@@ -80,9 +76,7 @@ def test_both_ways_write_the_same_bytes(tmp_path):
     assert all((other / path.name).read_bytes() == path.read_bytes() for path in one.iterdir())
 
 
-@pytest.mark.scenario(
-    10, "a save that meets one still being written waits for it, and says so", fails_without="wait() in Saver.save"
-)
+@pytest.mark.scenario(10, "a save that meets one still being written waits for it, and says so")
 def test_writing_never_overlaps_itself(tmp_path, slow):
     own, said = saver(tmp_path, State())
     own.save(1, {})
@@ -95,8 +89,7 @@ def test_writing_never_overlaps_itself(tmp_path, slow):
 
 
 @pytest.mark.scenario(
-    9, "a disk that really refuses in the middle of a file: the next step hears of it, the older checkpoint stays",
-    fails_without="Saver.poll in the loop's exchange",
+    9, "a disk that really refuses in the middle of a file: the next step hears of it, the older checkpoint stays"
 )  # fmt: skip
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_told_once_and_leaves_the_older_one(tmp_path, background):
