@@ -79,11 +79,11 @@ def write_export(
         if folder.exists():  # set aside first: killed here, either of the two is whole
             folder.rename(old)
         hidden.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written ({error}): make room there") from error
     finally:
-        for left in (hidden, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
     return folder
 
 
