@@ -9,6 +9,7 @@ nothing into the run directory. Exit codes: 0 as recorded, or nothing was record
 """
 
 import contextlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ def replay(run_dir: Path, step: int) -> int:
     if not 1 <= step <= config.run.max_steps:
         raise ValueError(f"step {step}: {run_dir} has steps 1 to {config.run.max_steps}")
     with tempfile.TemporaryDirectory() as elsewhere:
+        if (run_dir / "tokenizer").is_dir():  # of data.tokenizer=trained
+            shutil.copytree(run_dir / "tokenizer", Path(elsewhere) / "tokenizer")
         options = replace(config.run, dir=elsewhere, resume=_before(run_dir, step), eval_every=0, picture_every=0)
         run = prepare(replace(config, run=options), world.start(config.run.hang_seconds))
         try:

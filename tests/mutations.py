@@ -106,14 +106,22 @@ def fails_without(mutation: Mutation, copy: Path) -> bool:
         raise SystemExit(f"{mutation.file} does not hold once: {mutation.old}")
     path.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        environment = {**os.environ, "PYTHONPATH": str(copy)}
-        words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutation.test}"]
-        ended = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutation.test}"]
+        ended = python(copy, *words)
         if ended.returncode not in (0, 1):
             raise SystemExit(ended.stdout + ended.stderr)
         return ended.returncode == 1
     finally:
         path.write_text(whole, encoding="utf-8")
+
+
+def python(copy: Path, *words: str) -> subprocess.CompletedProcess:
+    """Run this Python with the package of the copy."""
+    path = os.pathsep.join(filter(None, [str(copy), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def main(word: str = "") -> int:
@@ -122,6 +130,11 @@ def main(word: str = "") -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"))
+        where = python(copy, "-c", "import meter_fast; print(meter_fast.__file__)").stdout.strip()
+        if not Path(where).is_relative_to(copy):
+            raise SystemExit(
+                f"{where} is imported and not the copy of the tree: the installation goes before PYTHONPATH"
+            )
         for mutation in MUTATIONS:
             if word not in mutation.guard:
                 continue

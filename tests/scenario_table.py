@@ -1,11 +1,13 @@
 """Writes the table of reliability scenarios from the tests that show them: `pytest -p tests.scenario_table`.
 
 A test belongs to a scenario by `@pytest.mark.scenario(8, "what it shows")`. `record_property("figure", "...")` adds a
-figure. One row a test function; its cases are counted together. The table holds what this run of pytest ran.
+figure. One row a test function; its cases are counted together. A run of some tests renews their rows; the others
+stay, each with its day, unless the test is gone.
 """
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -21,10 +23,9 @@ HEAD = """# What goes wrong, and what happens then
 
 Written by `make test-faults` from the tests that carry out each scenario; do not edit. Faults are real: processes are
 killed with SIGKILL in the middle of a pass or of a file, writes fail half way, bytes are flipped. "Fails without" names
-what `python -m tests.mutations` takes out of the program to see the test fail.
-
-{machine}
+what `python -m tests.mutations` takes out of the program to see the test fail. The last run was on {machine}.
 """
+COLUMNS = ("#", "shown", "result", "time", "day", "figure", "fails without", "test")
 TITLES = {
     1: "Resume, one process", 2: "Resume, two processes, ZeRO 1 and 2, bf16 and fp32, accumulation",
     3: "Asked to save in the middle of an accumulation window", 4: "A process is killed in the middle of a step",
@@ -50,19 +51,31 @@ class Row:
 
     number: int
     shows: str
-    fails_without: str
     name: str
     seconds: float = 0.0
     outcomes: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
 
-    def line(self) -> str:
+    def cells(self) -> tuple[str, ...]:
+        """One for each of COLUMNS."""
         passed, ran = self.outcomes.count("passed"), len([o for o in self.outcomes if o != "skipped"])
         result = "skipped" if not ran else "pass" if passed == ran else f"FAIL ({ran - passed} of {ran})"
         cases = f", {ran} cases" if ran > 1 and passed == ran else ""
-        cells = (str(self.number), self.shows, f"{result}{cases}", f"{self.seconds:.0f} s", "; ".join(self.figures),
-                 self.fails_without, f"`{self.name}`")  # fmt: skip
-        return "| " + " | ".join(cells) + " |"
+        return (str(self.number), self.shows, f"{result}{cases}", f"{self.seconds:.0f} s", str(date.today()),
+                "; ".join(self.figures), GUARDS.get(self.name, ""), f"`{self.name}`")  # fmt: skip
+
+
+def kept(page: str) -> dict[tuple[int, str], tuple[str, ...]]:
+    """The rows of an earlier page whose tests are still there."""
+    rows = {}
+    for line in page.splitlines():
+        cells = tuple(cell.strip() for cell in line.strip("|").split(" | "))
+        if len(cells) == len(COLUMNS) and cells[0].isdecimal():
+            file, _, name = cells[-1].strip("`").partition("::")
+            path = PAGE.parents[1] / "tests" / file
+            if path.is_file() and f"def {name}(" in path.read_text(encoding="utf-8"):
+                rows[int(cells[0]), cells[-1].strip("`")] = cells
+    return rows
 
 
 class Table:
@@ -76,11 +89,8 @@ class Table:
         report = (yield).get_result()
         for mark in item.iter_markers("scenario"):
             number, shows = mark.args
-            name = f"{item.path.relative_to(PAGE.parents[1])}::{item.originalname}"
-            row = self.rows.setdefault(
-                (number, name),
-                Row(number, shows, GUARDS.get(name.removeprefix("tests/"), ""), name.removeprefix("tests/")),
-            )
+            name = f"{item.path.relative_to(PAGE.parents[1] / 'tests')}::{item.originalname}"
+            row = self.rows.setdefault((number, name), Row(number, shows, name))
             row.seconds += report.duration
             if report.when == "call" or not report.passed:
                 row.outcomes.append(report.outcome)
@@ -91,22 +101,27 @@ class Table:
             PAGE.write_text(self.page(), encoding="utf-8")
 
     def page(self) -> str:
-        lines = [HEAD.format(machine=machine()), "| # | shown | result | time | figure | fails without | test |",
-                 "| ---: | --- | --- | ---: | --- | --- | --- |"]  # fmt: skip
-        numbers = {number for number, _ in self.rows}
+        before = kept(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else {}
+        rows = {**before, **{key: row.cells() for key, row in self.rows.items()}}
+        lines = [HEAD.format(machine=machine()), _line(COLUMNS), _line(["---:", *["---"] * (len(COLUMNS) - 1)])]
+        numbers = {number for number, _ in rows}
         for number in sorted(numbers):
-            lines.append(f"| **{number}** | **{TITLES[number]}** | | | | | |")
-            lines += [row.line() for key, row in sorted(self.rows.items()) if key[0] == number]
+            lines.append(_line([f"**{number}**", f"**{TITLES[number]}**", *[""] * (len(COLUMNS) - 2)]))
+            lines += [_line(cells) for key, cells in sorted(rows.items()) if key[0] == number]
         rest = [f"{number} ({TITLES[number].lower()})" for number in sorted(TITLES.keys() - numbers)]
         lines += ["", f"Without a row here: {', '.join(rest)}."] if rest else []
         return "\n".join(lines) + "\n"
 
 
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def machine() -> str:
-    """Day, processor and versions that the times belong to."""
+    """Processor and versions that the times belong to."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
     cores = f"{os.cpu_count()} cores ({platform.machine()}), not idle otherwise"
-    return f"{date.today()}; {cores}; Python {platform.python_version()}, {packages}."
+    return f"{cores}; Python {platform.python_version()}, {packages}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
