@@ -27,7 +27,13 @@ from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
 from meter_fast.training import banner, checkpoint, world
 from meter_fast.training.engine import DTYPES, Engine, accumulation
-from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, expect_progress, no_watchdog
+from meter_fast.training.interruption import (
+    EXIT_INTERRUPTED,
+    StopRequest,
+    expect_progress,
+    no_watchdog,
+    outlive_terminal,
+)
 from meter_fast.training.monitor import Monitor
 from meter_fast.training.pairs import Pairs, fit_length, fit_vocabulary, open_tokenizer
 from meter_fast.training.progress import Interval, News, exchange
@@ -319,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return complain(error, EXIT_WRONG) if rank == 0 else EXIT_WRONG
     run: Run | None = None
+    outlive_terminal()
     try:
         expect_progress(config.run.hang_seconds)
         run = prepare(config, world.start(config.run.hang_seconds))

@@ -87,6 +87,8 @@ MUTATIONS = (
              "training/test_train_faults.py::test_all_stop_together_when_one_is_not_finite"),
     Mutation("Saver.poll in the loop", "meter_fast/train.py", "failure is not None or run.saver.poll()",
              "failure is not None", "training/test_train_faults.py::test_no_room_on_the_disk"),
+    Mutation("what outlives a closed terminal", "meter_fast/train.py", "    outlive_terminal()\n", "",
+             "training/test_more_faults.py::test_a_closed_terminal"),
     Mutation("the watchdog", "meter_fast/training/interruption.py",
              "    faulthandler.dump_traceback_later(seconds, exit=True)", "    pass",
              "training/test_train_faults.py::test_a_step_that_hangs_shows_stacks_and_ends"),
