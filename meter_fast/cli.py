@@ -20,6 +20,8 @@ from meter_fast.cli_plan import add_plan
 from meter_fast.cli_predict import add_predict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from meter_fast.training.world import World
 
 EXIT_WRONG_INPUT = 2
@@ -41,10 +43,19 @@ def parser() -> argparse.ArgumentParser:
     scenes.set_defaults(run=data_scenes)
     add_data_parsers(data)
 
-    train = commands.add_parser("train", help="train in one process; on several: deepspeed --module meter_fast.train")
+    train = commands.add_parser("train", help="train, in one process or several")
     train.add_argument("recipe", metavar="RECIPE", help="for example: pretrain; ablation, transfer: comparisons")
     train.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for example: size=tiny optim.lr=1e-4")
+    train.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start again after a crash, N times at "
+                       "most; not where a step is not finite twice, or nothing was gained (default 0)")  # fmt: skip
+    train.add_argument("--processes", type=int, metavar="N", help="through the deepspeed launcher, one for each GPU")
+    train.add_argument("--hostfile", default="", metavar="F", help="through the deepspeed launcher, on these hosts")
     train.set_defaults(run=run_training)
+
+    replay = commands.add_parser("replay", help="do one step of a run again and print what it read and gave")
+    replay.add_argument("model", metavar="RUN_DIR", type=Path)
+    replay.add_argument("step", metavar="STEP", type=int, help="as in metrics.jsonl")
+    replay.set_defaults(run=replay_step)
 
     add_evaluate(commands)
 
@@ -107,23 +118,46 @@ def data_scenes(arguments: argparse.Namespace) -> None:
 
 
 def run_training(arguments: argparse.Namespace) -> int | None:
+    most, processes, hostfile = arguments.max_restarts, arguments.processes, arguments.hostfile
+    launched = bool(most or processes is not None or hostfile)
+    if most < 0 or (processes is not None and processes < 1):
+        raise ValueError("--max-restarts: give 0 or more; --processes: give 1 or more")
+    if hostfile and processes is not None:
+        raise ValueError("--processes: the hostfile tells how many, as slots")
     if arguments.recipe in ("ablation", "transfer"):
+        if launched:
+            raise ValueError(f"{arguments.recipe} starts runs of its own: give processes=N or hostfile=F as settings")
         from meter_fast.ablation import main as compare
 
         return compare(arguments.recipe, arguments.settings)
     from meter_fast.recipes import resolve
 
     command = [arguments.recipe, *arguments.settings]
-    resolve(command)  # a wrong setting is told before anything heavy is loaded
+    config = resolve(command)  # a wrong setting is told before anything heavy is loaded
+    if launched:
+        from meter_fast.restarts import train_with_restarts
+
+        return train_with_restarts(command, Path(config.run.dir), processes or 1, hostfile, most)
+    from meter_fast.train import main as train
+
+    return _alone(lambda: train(command))
+
+
+def replay_step(arguments: argparse.Namespace) -> int:
+    from meter_fast.replay import replay
+
+    return _alone(lambda: replay(arguments.model, arguments.step))
+
+
+def _alone(work: "Callable[[], int]") -> int:
+    """Carry out `work` as a run of one process, whatever launcher's variables there are."""
     import torch.distributed
 
-    from meter_fast.train import main as train
     from meter_fast.training.ports import free_port
 
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone, MASTER_PORT=str(free_port()))
-
-    code = train(command)
+    code = work()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code

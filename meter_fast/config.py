@@ -116,6 +116,7 @@ class RunOptions:
     picture_every: int = 0  # held-out picture with the model's fills for TensorBoard; 0 = never
     save_every: int = 1000
     keep_last: int = 2
+    async_save: bool = True  # write checkpoints beside the steps; takes a copy of the state in host memory
     resume: str = "auto"  # auto | never | path of a checkpoint
     init: str = ""  # weights to start from: an export folder, a published METER .ckpt, or a checkpoint
     hang_seconds: int = 1800  # a step that takes longer dumps all stacks and ends the process

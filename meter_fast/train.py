@@ -28,7 +28,7 @@ from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
 from meter_fast.training import banner, checkpoint, slurm, world
 from meter_fast.training.engine import DTYPES, Engine, accumulation
-from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest
+from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, outlive_terminal
 from meter_fast.training.monitor import Monitor
 from meter_fast.training.pairs import Pairs, fit_length, fit_vocabulary, open_tokenizer
 from meter_fast.training.peers import Peers
@@ -43,8 +43,9 @@ from meter_fast.training.resume import (
     find_start,
     load_weights,
     restore,
-    save,
 )
+from meter_fast.training.saving import Saver
+from meter_fast.training.spikes import Spikes
 from meter_fast.training.tasks import task_of
 from meter_fast.training.watchdog import expect_progress, no_watchdog, watch_peers
 from meter_fast.training.world import StoppedTogether, World
@@ -66,8 +67,10 @@ class Run:
     engine: Engine
     pairs: Pairs
     monitor: Monitor
+    saver: Saver
     start: Start
     stop: StopRequest = field(default_factory=StopRequest)
+    spikes: Spikes = field(default_factory=Spikes)
 
     @property
     def checkpoints(self) -> Path:
@@ -96,10 +99,13 @@ def fit(run: Run) -> int:
         for step in range(begin, options.max_steps + 1):
             expect_progress(options.hang_seconds)
             batches, failure = fetch(steps) if step < options.max_steps else ([], None)
-            news = exchange(run.world, run.engine.objectives, batches, record, run.stop.pending(), failure is not None)
+            failed = failure is not None or run.saver.poll()
+            news = exchange(run.world, run.engine.objectives, batches, record, run.stop.pending(), failed)
             if record is not None:
                 stop_if_not_finite(run, record, news)
                 report(run, interval, record, news, step)
+            if news.failed:
+                run.saver.wait()  # where it is a checkpoint that could not be written, all end here
             last = step == options.max_steps
             if record is not None:
                 keep(run, step, last or news.stop or news.failed)
@@ -172,6 +178,10 @@ def report(run: Run, interval: Interval, record: StepRecord, news: News, step: i
     """Add a step to the interval and, at its end, show the interval's means."""
     interval.add(news)
     options = run.config.run
+    loss = sum(news.losses.values()) / (run.engine.accumulation * run.world.size)
+    if (usual := run.spikes.usual(loss)) is not None:
+        run.monitor.message(f"warning: the loss of step {step} is {loss:.4g} after {usual:.4g}; "
+                            f"meter-fast replay {options.dir} {step} shows what it read")  # fmt: skip
     if step % options.log_every == 0 or step == options.max_steps or step == 1:
         skipped = run.skipped()
         shown = interval.close(run.engine.accumulation * run.world.size)
@@ -199,15 +209,13 @@ def keep(run: Run, step: int, must_save: bool) -> None:
             return
         expect_progress(options.hang_seconds)
         description = describe_run(run.config, run.world, run.pairs.identity())
-        path = save(run.engine.state, run.world, run.checkpoints, step, {**description, "skipped": run.skipped()})
+        run.saver.save(step, {**description, "skipped": run.skipped()})
+        if must_save or best:
+            run.saver.wait()
         if best:
-            folder = Path(options.dir) / "best"
-            write_model(run, folder)
+            write_model(run, Path(options.dir) / "best")
             run.world.together(lambda: checkpoint.mark_best(run.checkpoints, step, score))
-        if run.world.is_main:
-            for line in checkpoint.prune(run.checkpoints, options.keep_last):
-                run.monitor.message(f"warning: {line}")
-            run.monitor.message(f"saved {path}" + (", the best so far" if best else ""))
+            run.monitor.message(f"the best so far: step {step}")
 
 
 def evaluate(run: Run, step: int) -> float:
@@ -290,7 +298,11 @@ def prepare(config: RunConfig, this: World) -> Run:
     monitor.banner(banner.rows(config, this, engine, pairs, start, module.model, memory))
     this.together(lambda: note_settings(config))
     monitor.start(start.step)
-    return Run(config, this, engine, pairs, monitor, start)
+    options = config.run
+    saver = Saver(
+        engine.state, this, checkpoints_of(options.dir), options.keep_last, options.async_save, monitor.message
+    )
+    return Run(config, this, engine, pairs, monitor, saver, start)
 
 
 def watched(config: RunConfig, this: World) -> Peers | None:
@@ -334,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, EXIT_WRONG) if rank == 0 else EXIT_WRONG
     run: Run | None = None
     peers: Peers | None = None
+    outlive_terminal()
     try:
         expect_progress(config.run.hang_seconds)
         this = world.start(config.run.hang_seconds)
@@ -362,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         watch_peers(None, 0)
         if run is not None:
+            run.saver.close()
             run.monitor.close()
             run.pairs.close()
         no_watchdog()

@@ -41,7 +41,8 @@ def test_commands_and_options_are_these():
             *("kind", "source", "out", "--name", "--images", "--answers", "--min-count", "--max-bad-share", "--workers")
         ],
         "data check": ["root", "--names", "--decode", "--max-bad-share", "--json", "--workers"],
-        "train": ["recipe", "settings"],
+        "train": ["recipe", "settings", "--max-restarts", "--processes", "--hostfile"],
+        "replay": ["model", "step"],
         "evaluate": [
             *(
                 "model",

@@ -4,8 +4,6 @@ Knows commands, processes, signals and the files that say how a stage ended. Kno
 """
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +14,9 @@ from types import FrameType
 
 from meter_fast.ablation.rows import Launch, PlannedRow, Stage
 from meter_fast.config import ConfigError
+from meter_fast.launching import training_command
 from meter_fast.training.interruption import EXIT_INTERRUPTED, SIGNALS
 from meter_fast.training.monitor import RUN_FILE, duration, replace_text
-from meter_fast.training.ports import free_port
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
 SHOWN = ("step ", "pictures ", "held out", "warning", "error", "stopped")
@@ -167,33 +165,8 @@ class Runner:
 
 
 def command_of(stage: Stage, launch: Launch) -> tuple[list[str], dict[str, str]]:
-    """(command line, environment) of a stage: evaluation and training in one process as they are, training in several
-    through DeepSpeed's launcher."""
-    gpus, hostfile = _gpus(), launch.hostfile
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if not gpus and not hostfile:
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    count = launch.processes if launch.processes is not None else max(1, gpus)
-    if stage.config is None or (count == 1 and not hostfile):
-        return [sys.executable, "-m", "meter_fast.cli", *stage.command], environment
-    if not gpus and not hostfile:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    where = ["--hostfile", hostfile] if hostfile else ["--num_gpus", str(count)]
-    port = ["--master_port", str(free_port())]
-    words = [sys.executable, _launcher(), *where, *port, "--no_local_rank", "--module", "meter_fast.train"]
-    return [*words, *stage.command[1:]], environment
-
-
-def _launcher() -> str:
-    """The deepspeed script that belongs to this Python."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if found is None:
-        raise ConfigError("the command deepspeed is not on PATH: install DeepSpeed, or train with processes=1")
-    return found
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+    """(command line, environment) of a stage: evaluation in one process as it is, training as `launch` says."""
+    if stage.config is not None:
+        return training_command(stage.command[1:], launch.processes, launch.hostfile)
+    _, environment = training_command((), 1, "")
+    return [sys.executable, "-m", "meter_fast.cli", *stage.command], environment

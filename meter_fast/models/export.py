@@ -65,7 +65,7 @@ def write_export(
 ) -> Path:
     """Writes weights, description and what comes with them to `folder`, in one rename; what was there is replaced.
     Raises OSError, and leaves nothing, where the disk refuses."""
-    hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
+    hidden, old = (folder.with_name(f".{folder.name}.{kind}{os.getpid()}") for kind in ("", "old."))
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
@@ -76,9 +76,10 @@ def write_export(
             shutil.copytree(tokenizer_folder, hidden / TOKENIZER)
         if answers is not None:
             (hidden / ANSWERS).write_text(answers, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # set aside first: killed here, either of the two is whole
+            folder.rename(old)
         hidden.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written ({error}): make room there") from error
     finally:

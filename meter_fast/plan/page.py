@@ -72,6 +72,8 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
         for row in plan["memory"]:
             if row["activation_checkpointing"] is checkpointing:
                 yield _memory_row(row, parts, unit)
+    saving = max(row["saving"] for row in plan["memory"])
+    yield f"the first process's host takes {amount(saving)} more while a checkpoint is written"
 
 
 def _memory_row(row: Mapping[str, Any], parts: tuple[str, ...], unit: float) -> str:

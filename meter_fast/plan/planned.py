@@ -138,6 +138,7 @@ def _parts(need: Memory) -> dict[str, int]:
         "activations": need.activations.batch + need.activations.peak,
         "peak": need.peak,
         "host": need.on_host,
+        "saving": need.saving,
     }
 
 

@@ -51,7 +51,8 @@ def rows(
         ("text", _text(config, pairs)),
         ("objectives", _objectives(config, pairs)),
         ("checkpoints", f"{checkpoints_of(config.run.dir)}, every {config.run.save_every:,} steps, the last "
-                        f"{config.run.keep_last} and the best kept"),
+                        f"{config.run.keep_last} and the best kept, "
+                        f"{'written beside the steps' if config.run.async_save else 'steps wait for them'}"),
     ]  # fmt: skip
     return [row for row in said if row[1]]
 
@@ -75,7 +76,8 @@ def memory(config: RunConfig, world: World) -> str:
     parts = [f"weights {amount(need.weights)}", f"gradients {amount(need.gradients)}"]
     parts += [] if need.host else [f"optimizer {optimizer}"]
     text = f"{amount(need.peak)} a process at most: {', '.join([*parts, passes])}"
-    return text + (f"; {amount(need.on_host)} of host memory, optimizer {optimizer}" if need.host else "")
+    text += f"; {amount(need.on_host)} of host memory, optimizer {optimizer}" if need.host else ""
+    return text + f"; {amount(need.saving)} of the main process's host memory while a checkpoint is written"
 
 
 def amount(size: float) -> str:

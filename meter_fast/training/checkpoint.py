@@ -29,7 +29,7 @@ from torch import Tensor
 
 FORMAT = 1
 MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
-FILE_BYTES = 1 << 29  # of tensors per file: also the most host memory that writing takes, twice
+FILE_BYTES = 1 << 29  # of tensors per file: writing takes twice as much host memory beside the tensors
 _VISIBLE = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\.(writing|removing)-.*")
 
@@ -58,12 +58,13 @@ class Writer:
         self._hidden.mkdir(parents=True)
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
-        """Take a copy of `tensor` (any device) as `name` of `kind`. Tensors of a kind come one after another."""
+        """Take `tensor` (on the host, contiguous, not to be changed any more) as `name` of `kind`. Tensors of a kind
+        come one after another."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and (kind != self._pending_kind or self._pending_bytes + size > FILE_BYTES):
             self._flush()
         self._pending_kind = kind
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._pending[name] = tensor
         self._pending_bytes += size
 
     def finish(self, state: dict[str, Any]) -> Path:
@@ -186,6 +187,10 @@ class Reader:
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of a kind."""
         return {name: tuple(file.get_slice(name).get_shape()) for (k, name), file in self._where.items() if k == kind}
+
+    def dtype(self, kind: str, name: str) -> str:
+        """As the file says it: F32, BF16, ..."""
+        return self._where[kind, name].get_slice(name).get_dtype()
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """One tensor, on the host."""

@@ -9,12 +9,13 @@ import signal
 import sys
 import threading
 import time
+from typing import TextIO
 
 import psutil
 
 EXIT_INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: stopped on request after saving; the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "meter-fast"}
 
 # Launchers pass a signal on that the terminal or the batch system has already sent to every process of the group. Those
 # echoes arrive within moments and are the same request; whoever really asks twice waits at least this long.
@@ -57,15 +58,17 @@ class StopRequest:
                 self._note(number)
 
     def _note(self, number: int) -> None:
-        if number == signal.SIGHUP and sys.stdout.isatty():
-            _let_go_of_terminal()
+        if number == signal.SIGHUP:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, _Terminal):
+                    stream.let_go()
         if not self.reason:
             self._since, self.reason = time.monotonic(), signal.Signals(number).name
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    """`python .../bin/deepspeed ...`, `python -u -m deepspeed.launcher.launch ...` or the same of torchrun, not a shell
-    that names them."""
+    """`python .../bin/deepspeed ...`, `python -u -m deepspeed.launcher.launch ...`, the same of torchrun, or `python
+    .../bin/meter-fast ...`, which starts runs again; not a shell that names them."""
     try:
         program, *arguments = process.cmdline() or [""]
     except psutil.Error:  # not ours to read, or gone meanwhile
@@ -81,8 +84,37 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _let_go_of_terminal() -> None:
-    """Writing to a closed terminal would raise in the middle of the last checkpoint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
+def outlive_terminal() -> None:
+    """From now on a terminal that is closed ends neither the run nor its last checkpoint: output then goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name).isatty():
+            setattr(sys, name, _Terminal(getattr(sys, name)))
+
+
+class _Terminal:
+    """A text stream of a terminal. Writing may fail before the signal of its end has been heard; once closed, it no
+    longer says that it was a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self.let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self.let_go()
+
+    def let_go(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)

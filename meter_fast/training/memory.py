@@ -18,9 +18,11 @@ import torch
 
 from meter_fast.config import RunConfig
 from meter_fast.training.activations import Activations, module_without_values, most_texts, trace_activations
+from meter_fast.training.checkpoint import FILE_BYTES
 from meter_fast.training.engine import DTYPES, deepspeed_config
 from meter_fast.training.layer_decay import layers_above
 from meter_fast.training.optimizer import parameter_groups
+from meter_fast.training.resume import expected_bytes
 from meter_fast.training.tasks import task_of
 
 REUSE_DISTANCE = 1_000_000_000  # numbers; DeepSpeed's default of stage3_max_reuse_distance
@@ -36,7 +38,7 @@ class Memory:
     whole weights during the passes (stage 3). update: what the optimizer needs for a moment for its largest group, or
     what flattening all gradients takes before it (stages 0 and 1). logits: fp32, a part of the activations.
     activations: of the largest micro-batch, None where they are not known. host: masters, moments and update are in
-    host memory.
+    host memory. saving: of the main process's host, while a checkpoint is written (see saving.py).
     """
 
     weights: int
@@ -49,6 +51,7 @@ class Memory:
     logits: int
     activations: Activations | None
     host: bool
+    saving: int
 
     @property
     def state(self) -> int:
@@ -109,7 +112,14 @@ def memory_of(config: RunConfig, world_size: int, sizes: "Sizes", traced: Activa
         logits=_logits(config),
         activations=traced,
         host=config.engine.offload == "cpu",
+        saving=_saving(config, trained, sizes.frozen * low),
     )
+
+
+def _saving(config: RunConfig, trained: int, frozen: int) -> int:
+    """A copy of the state, frozen bytes included, or as much of it as goes into a file; beside it a file being made."""
+    file = min(FILE_BYTES, max(4 * trained, frozen))
+    return (expected_bytes(trained) + frozen if config.run.async_save else file) + 2 * file
 
 
 def stays_gathered(settings: Mapping[str, Any], numbers: int) -> bool:

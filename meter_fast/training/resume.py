@@ -1,11 +1,10 @@
-"""Where a run starts and what it leaves behind: fresh weights, given weights or a checkpoint; checkpoints and the
-export.
+"""Where a run starts and what it leaves behind: fresh weights, given weights or a checkpoint; what a checkpoint says of
+its run, and the export.
 
 Knows the model, the named state and the files. All functions are collective; only the main process touches files,
 the others get their values from it, so nothing but the main process needs to see the run directory.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from meter_fast.models.positions import fit_positions, is_position_table
 from meter_fast.models.vq_vae import VqVae
 from meter_fast.models.weights import copy_into
 from meter_fast.training import checkpoint
-from meter_fast.training.checkpoint import CheckpointError, Reader, Writer
+from meter_fast.training.checkpoint import CheckpointError, Reader
 from meter_fast.training.state import FROZEN, KINDS, WEIGHT, NamedState
 from meter_fast.training.versions import versions
 from meter_fast.training.world import World
@@ -40,8 +39,8 @@ FIXED = (
 )
 TOKEN_TYPES = "fusion.token_types.weight"
 # Says nothing about the run's results.
-FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "run.peer_seconds", "data.root",
-        "data.workers", "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
+FREE = ("run.dir", "run.resume", "run.init", "run.log_every", "run.hang_seconds", "run.peer_seconds", "run.async_save",
+        "data.root", "data.workers", "data.prefetch", "model.vision.weights", "model.text.weights")  # fmt: skip
 
 
 @dataclass
@@ -197,12 +196,29 @@ def _with_heads(tensors: dict[str, Tensor], model: nn.Module, notes: list[str]) 
 
 
 def restore(state: NamedState, start: Start, world: World) -> None:
-    """Put the master weights and moments of the checkpoint into the engine; nothing to do for a fresh start."""
+    """Put the master weights and moments of the checkpoint into the engine; nothing to do for a fresh start. Raises
+    CheckpointError if they are not those of the engine's parameters."""
     if not world.hear(start.reader is not None):
         return
+    world.together(lambda: _check_fit(start.reader, state.shapes()))
     for kind in KINDS:
         for name in state.names:
             state.write(kind, name, start.reader.tensor(kind, name) if world.is_main else None)
+
+
+def _check_fit(reader: Reader, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Nothing is read or sent before all of it is known to fit."""
+    for kind in KINDS:
+        held = reader.shapes(kind)
+        for name in sorted(
+            held.keys() ^ shapes.keys() | {n for n in held.keys() & shapes.keys() if held[n] != shapes[n]}
+        ):
+            raise CheckpointError(
+                f"{reader.folder}: {kind} of {name} is {held.get(name, 'missing')}, the model has "
+                f"{shapes.get(name, 'no such parameter')}"
+            )
+        if odd := sorted(name for name in held if reader.dtype(kind, name) != "F32"):
+            raise CheckpointError(f"{reader.folder}: {kind} of {odd[0]} is {reader.dtype(kind, odd[0])}, not fp32")
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -216,45 +232,6 @@ def describe_run(config: RunConfig, world: World, identity: dict[str, Any]) -> d
         "world_size": world.size,
         "versions": versions(),
     }
-
-
-def save(state: NamedState, world: World, folder: Path, step: int, description: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step`. Raises CheckpointError (StoppedTogether elsewhere) if the disk refuses; the older
-    checkpoints are then untouched."""
-    writer: Writer | None = None
-    failure: OSError | None = None
-    for kind, name, tensor in state.read():
-        if world.is_main and failure is None:
-            try:
-                writer = writer or Writer(folder, step)
-                writer.add(kind, name, tensor)
-            except OSError as error:  # the others are in the same loop: keep step with them
-                failure = error
-
-    def finish() -> str:
-        nonlocal failure
-        try:
-            if failure is not None:
-                raise failure
-            assert writer is not None
-            return str(writer.finish({"step": step, **description}))
-        except OSError as error:
-            if writer is not None:
-                writer.abandon()
-            raise CheckpointError(_disk_message(folder, step, state, error)) from error
-
-    return Path(world.together(finish))
-
-
-def _disk_message(folder: Path, step: int, state: NamedState, error: OSError) -> str:
-    whole = [str(checkpoint.path_of(folder, s)) for s in checkpoint.steps(folder)]
-    free = shutil.disk_usage(folder).free if folder.exists() else 0
-    return (
-        f"the checkpoint of step {step} could not be written to {folder}: {error.strerror or error}. It takes "
-        f"{expected_bytes(state.numel()) / 1e9:.3g} GB, {free / 1e9:.3g} GB are free. "
-        + (f"The last whole one is {whole[-1]}. " if whole else "There is no older one. ")
-        + "Make room and run the same command again"
-    )
 
 
 def expected_bytes(parameters: int) -> int:

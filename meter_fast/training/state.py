@@ -48,6 +48,10 @@ class NamedState:
         """The trained parameters, in the order of the module."""
         return list(self._trained)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shapes of the trained parameters."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._trained.items()}
+
     def numel(self) -> int:
         """Number of trained numbers."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._trained.values())

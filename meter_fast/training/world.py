@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meter_fast.config import ConfigError
 from meter_fast.training import slurm
 from meter_fast.training.phases import REDUCE, Phases
 from meter_fast.training.ports import free_port
@@ -137,7 +138,8 @@ def alone(device: torch.device | str) -> World:
 def start(timeout_seconds: int) -> World:
     """Join the run that the launcher (or srun) describes, or make one of a single process where there is none.
 
-    timeout_seconds: how long a collective of the default group may wait for a peer."""
+    timeout_seconds: how long a collective of the default group may wait for a peer. Raises ConfigError where the
+    processes cannot meet."""
     import deepspeed  # slow, and of no use to a process that is alone
     from deepspeed.accelerator import get_accelerator
 
@@ -152,7 +154,20 @@ def start(timeout_seconds: int) -> World:
     accelerator.set_device(local_rank)
     device = torch.device(accelerator.device_name(local_rank))
     timeout = timedelta(seconds=timeout_seconds)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    except dist.DistNetworkError as error:
+        raise ConfigError(_why_apart(error)) from error
     on_host = dist.get_backend() == "gloo"
     host = dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, host)
+
+
+def _why_apart(error: Exception) -> str:
+    """Why the processes did not meet, with the remedy."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return (
+            f"another program listens at {where}: deepspeed --master_port N with a free one, {free_port()} for example"
+        )
+    return f"no way to meet at {where} ({error}): meter-fast doctor --only network,gloo says more"

@@ -30,6 +30,7 @@ def test_usable_pictures_pass(picture: str) -> None:
 
 
 @pytest.mark.parametrize("picture", sorted(set(unusable()) - BODY_IS_BAD))
+@pytest.mark.scenario(19, "each with its cause")
 def test_unusable_files_are_refused_with_their_cause(picture: str) -> None:
     data, cause = unusable()[picture]
     with pytest.raises(BadImage) as caught:
@@ -79,12 +80,14 @@ def test_every_cut_is_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", bombs())
+@pytest.mark.scenario(20, "refused from the header")
 def test_bombs_are_refused_from_the_header(name: str) -> None:
     with pytest.raises(BadImage) as caught:
         check_image(array(bombs()[name]))
     assert caught.value.cause == "too many pixels"
 
 
+@pytest.mark.scenario(20, "memory does not grow")
 def test_bombs_need_no_memory() -> None:
     """In a process that may take 150 MB more: bombs declare 3.6 G pixels, text chunks unpack to 200 MB."""
     code = """

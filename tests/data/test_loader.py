@@ -130,6 +130,7 @@ def test_no_token_to_predict_gives_empty_rows(sound, tokenizer):
 
 @pytest.mark.parametrize("negatives", ["batch", "dataset"])
 @pytest.mark.parametrize("kind", ["sound", "damaged"])
+@pytest.mark.scenario(13, "the loader gives the same global batches for every division among processes")
 def test_every_division_gives_the_same_global_batches(request, tokenizer, kind, negatives):
     """World sizes, micro-batches and accumulations, over an epoch's end; with bad samples the counts agree too."""
     sources = request.getfixturevalue(kind)
@@ -155,6 +156,7 @@ def test_micro_batches_may_be_odd_with_negatives_from_the_data_set(sound, tokeni
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("prefetch", [1, 3])
+@pytest.mark.scenario(15, "0, 1 and 3 threads: the same batches, also with damaged pictures")
 def test_threads_change_nothing(damaged, tokenizer, workers, prefetch):
     options = {"global_batch": 24, "micro_batch": 4}
     inline, (alone,) = global_batches(damaged, tokenizer, (0, 6), **options)
@@ -208,6 +210,7 @@ def test_mixing_by_weight_is_elastic_too(tmp_path, tokenizer):
     assert 55 <= few <= 105  # of 160
 
 
+@pytest.mark.scenario(17, "fewer pictures than pairs in a batch or processes")
 def test_a_set_smaller_than_the_batch_or_the_world_works(tmp_path, tokenizer):
     write_pairs(tmp_path / "own.arrow", 3)
     sources = open_sources(["arrow:own"], tmp_path)

@@ -65,6 +65,7 @@ def test_pictures_over_the_pixel_cap_are_skipped_unread(tmp_path, tokenizer):
     assert loader.skipped["too many pixels"] >= 2
 
 
+@pytest.mark.scenario(26, "the same replacement every time")
 def test_the_same_bad_picture_is_replaced_differently_for_each_caption_but_always_alike(damaged, tokenizer):
     """The replacement is a function of (seed, sample): the same in every epoch, if the partner does not show it."""
     replaced = {}
@@ -80,6 +81,7 @@ def test_the_same_bad_picture_is_replaced_differently_for_each_caption_but_alway
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.scenario(25, "stops naming causes, counts and the first names")
 def test_nothing_but_garbage_stops_with_causes_counts_and_names(tmp_path, tokenizer, workers):
     images = [BAD_PICTURES["not an image"]] * 300 + [b""] * 100
     sources = sources_of(tmp_path, images, [[caption(n)] for n in range(400)])

@@ -83,6 +83,7 @@ def test_metadata_without_a_caption_is_an_empty_caption(tmp_path, content):
     assert found(TarCaptions([shard])) == [(picture(0), "")]
 
 
+@pytest.mark.scenario(21, "cut at every block of 512 bytes: whole pairs are read, the rest is counted")
 def test_a_shard_cut_at_any_block_keeps_its_whole_pairs(tmp_path):
     """Cut at every 512 bytes, and once inside a block: what is whole reads as before, and the cut is always shown,
     unless only padding behind the end mark is gone."""
@@ -141,6 +142,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.scenario(22, "links, devices, absolute and outside names: refused, nothing is written")
 def test_hostile_members_are_refused_and_others_unaffected(tmp_path, name):
     hostile, problem = HOSTILE[name]
     pairs = TarCaptions([shard_with(tmp_path / "a.tar", hostile)])
@@ -168,6 +170,7 @@ def test_a_size_that_is_too_small_loses_only_that_picture(tmp_path):
     assert pairs.problems == {"a.tar": Counter({"damaged header": 1})}
 
 
+@pytest.mark.scenario(21, "pictures without a text and members twice are counted")
 def test_lone_members_and_duplicates_are_counted_and_the_first_counts(tmp_path):
     shard = write_tar(
         tmp_path / "a.tar",
@@ -233,6 +236,7 @@ def test_a_shard_that_changed_is_indexed_anew_and_others_stay(tmp_path):
     assert found(TarCaptions(shards)) == written(0, 5, 6, 2, 9)
 
 
+@pytest.mark.scenario(40, "an index of shards (the loader's own file) that holds objects is made anew, not opened")
 def test_an_index_that_is_damaged_or_holds_objects_is_made_anew(tmp_path):
     shard = write_tar(tmp_path / "a.tar", members(0, 1))
     TarCaptions([shard])

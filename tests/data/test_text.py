@@ -51,6 +51,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("name", ODD_BUT_GOOD)
+@pytest.mark.scenario(23, "emoji, right-to-left, 10,000 words and other odd captions")
 def test_odd_captions_are_tokenised(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     pipeline = TextPipeline(tokenizer)
     text = check_caption(ODD_BUT_GOOD[name])
@@ -62,6 +63,7 @@ def test_odd_captions_are_tokenised(name: str, tokenizer: PreTrainedTokenizerFas
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.scenario(23, "empty, NUL, not UTF-8: skipped with the cause")
 def test_bad_captions_name_their_cause(name: str) -> None:
     text, cause = BAD[name]
     with pytest.raises(BadCaption) as caught:

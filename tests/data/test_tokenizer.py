@@ -157,6 +157,7 @@ def test_a_tokenizer_without_a_mask_token_is_refused(bert: Path, tmp_path: Path)
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.scenario(40, "code in a tokenizer's folder")
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "vocab.txt", tmp_path)
     marker = tmp_path / "ran"

@@ -106,6 +106,7 @@ def test_cores_and_threads(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- network
 
 
+@pytest.mark.scenario(38, "doctor: a master port that is taken, and by whom")
 def test_a_port_that_is_taken_and_by_whom(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -147,6 +148,7 @@ def test_a_name_that_means_nothing(tmp_path, monkeypatch, hosts, level):
         ("GLOO_SOCKET_IFNAME", "eth0,ib0", "fails"),
     ],
 )
+@pytest.mark.scenario(38, "doctor: an interface that is named and is not there")
 def test_named_interfaces(variable, value, level):
     one = network.named(variable, value, ["eth0", "lo"])
     assert one.level == level and (level == "fine" or "lo" in one.remedy)

@@ -268,6 +268,7 @@ def save_lightning_file(path: Path, state: dict[str, Tensor], monkeypatch: pytes
         )
 
 
+@pytest.mark.scenario(44, "read without Lightning: its objects stay inert, weights and settings are taken")
 def test_lightning_file(golden: GoldenCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "meter_clip16_288_roberta_pretrain.ckpt"
     save_lightning_file(path, golden.state, monkeypatch)
@@ -286,6 +287,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("place", ["state_dict", "callbacks", "hyper_parameters"])
+@pytest.mark.scenario(40, "a published .ckpt with a payload in its weights, callbacks or hyper-parameters")
 def test_malicious_file(golden: GoldenCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": dict(golden.state), "callbacks": {}, "hyper_parameters": {}}

@@ -110,6 +110,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("way", ["torch", "torch, old", "pickle", "inside a module"])
+@pytest.mark.scenario(40, "a pickled DALL-E encoder")
 def test_a_file_that_asks_to_run_code_is_refused(published: nn.Module, way: str, tmp_path: Path) -> None:
     path, marker = tmp_path / "encoder.pkl", tmp_path / "it ran"
     content = Payload(marker)

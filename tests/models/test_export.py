@@ -58,6 +58,7 @@ def test_weights_of_the_encoders_are_not_asked_for_again(tmp_path: Path) -> None
     assert load_export(folder).config == config
 
 
+@pytest.mark.scenario(41, "an export with tensors missing, of another shape, or cut")
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     def broken(name: str) -> Path:
         return Path(shutil.copytree(folder, tmp_path / name))

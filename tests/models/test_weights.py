@@ -93,6 +93,7 @@ def test_openai_archive(golden: GoldenCase, tmp_path: Path) -> None:
     assert report.matched == len(vision.state_dict())
 
 
+@pytest.mark.scenario(40, "a TorchScript archive of CLIP")
 def test_torchscript_archive_cannot_run_code(golden: GoldenCase, tmp_path: Path) -> None:
     """A pickle inside the archive that calls os.system is refused by name and not run."""
     good, bad, proof = tmp_path / "good.pt", tmp_path / "bad.pt", tmp_path / "proof"

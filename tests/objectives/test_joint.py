@@ -42,6 +42,7 @@ def test_means_over_a_split_step_are_those_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.scenario(24, "loss 0 and zero gradients, no NaN")
 def test_no_masked_token(fusion: str) -> None:
     """A micro-batch may have none: the loss is finite, and every parameter gets a gradient, as collectives need."""
     model, batch = small_model(fusion=fusion), small_batch()

@@ -94,10 +94,11 @@ class RankServer:
             ended.codes[message["rank"]] = message["code"]
             ended.seconds[message["rank"]] = message["seconds"]
 
-    def train(self, world: int, run_dir: Path, settings: Sequence[str], **options) -> Ended:
-        """meter_fast.train with recipe, settings and run.dir; records what each step saw (see workers.train)."""
+    def train(self, world: int, run_dir: Path, settings: Sequence[str], fault: str = "", **options) -> Ended:
+        """meter_fast.train with recipe, settings and run.dir; records what each step saw (see workers.train). fault: as
+        faults.py says."""
         argv = ["pretrain", "size=tiny", f"run.dir={run_dir}", *settings]
-        return self.run(world, run_dir / "logs", "workers:train", argv=argv, **options)
+        return self.run(world, run_dir / "logs", "workers:train", argv=argv, fault=fault, **options)
 
     def close(self) -> None:
         """End the server."""

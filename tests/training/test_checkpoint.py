@@ -66,6 +66,7 @@ FILES = ("weight-000.safetensors", "exp_avg-000.safetensors", "state.json", "man
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.scenario(11, "bits flipped throughout every file of a checkpoint: the file is named")
 def test_every_flipped_byte_is_found(tmp_path, name):
     """A bit flip at many places of each file: the message names it, and the older checkpoint is chosen."""
     write(tmp_path, 1)
@@ -83,6 +84,7 @@ def test_every_flipped_byte_is_found(tmp_path, name):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["cut", "empty", "longer", "gone"])
+@pytest.mark.scenario(11, "files cut, emptied, longer, gone")
 def test_truncated_and_missing_files_are_found(tmp_path, name, harm):
     path = write(tmp_path, 1) / name
     content = path.read_bytes()
@@ -106,6 +108,7 @@ def reseal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weight-000.safetensors", "exp_avg-000.safetensors", "state.json"])
+@pytest.mark.scenario(40, "a pickle as weights, moments or state of a checkpoint, with right hashes")
 def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(tmp_path, name):
     marker = tmp_path / "it ran"
     folder = write(tmp_path / "checkpoints", 1)
@@ -121,6 +124,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(tmp_path, name):
     assert not marker.exists()
 
 
+@pytest.mark.scenario(42, "a manifest that names ../secret")
 def test_a_manifest_that_points_outside_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     content = json.loads((folder / "manifest.json").read_text())
@@ -140,6 +144,7 @@ def test_prune_keeps_the_last_and_the_best_and_clears_leftovers(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.json", "step-00000002", "step-00000004"]
 
 
+@pytest.mark.scenario(12, "a delete that fails is told and ends nothing")
 def test_a_failing_delete_is_told_and_ends_nothing(tmp_path, monkeypatch):
     for step in (1, 2):
         write(tmp_path, step)
@@ -160,6 +165,7 @@ def test_no_checkpoints_is_a_fresh_start_and_strangers_are_named(tmp_path):
     assert choice.reader is None and "evil.pt: not a checkpoint" in choice.passed_over[0]
 
 
+@pytest.mark.scenario(10, "a folder that cannot be written, or is too small, is told before the run begins")
 def test_the_write_probe_names_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write into .*file/run: Not a directory"):

@@ -143,6 +143,16 @@ def test_offloading_moves_the_optimizer_to_the_host() -> None:
     assert there.state == here.state - here.masters - here.moments
 
 
+def test_writing_beside_the_steps_takes_a_copy() -> None:
+    """Of fp32 weights and moments and of what is frozen; without, of what goes into a file."""
+    config = configuration("questions", "bf16")
+    memory = estimate_memory(config, 1, activations=False)
+    waiting = estimate_memory(replace(config, run=replace(config.run, async_save=False)), 1, activations=False)
+    numbers = memory.weights // 2
+    assert memory.saving - waiting.saving >= 8 * numbers
+    assert waiting.saving >= 8 * numbers and memory.peak == waiting.peak
+
+
 def test_what_cannot_be_traced_says_why() -> None:
     config = resolve(["image_tokenizer", "size=tiny"])
     with pytest.raises(NotTraced, match="image tokenizer"):
@@ -166,11 +176,12 @@ def test_the_banner_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None
     """Of a small run only what is there throughout; the passes of others are traced, where they can be."""
     config, world = configuration("questions", "bf16"), World(0, 1, 0, torch.device("cpu"), None)
     assert re.fullmatch(
-        r"\S+ MB a process at most: weights \S+ MB, gradients \S+ MB, optimizer \S+ MB, activations not counted",
+        r"\S+ MB a process at most: weights \S+ MB, gradients \S+ MB, optimizer \S+ MB, activations not counted; "
+        r"\S+ MB of the main process's host memory while a checkpoint is written",
         banner.memory(config, world),
     )
     monkeypatch.setattr(banner, "BIG", 0)
-    assert re.search(r"activations \S+ MB \(\S+ MB between the passes\)$", banner.memory(config, world))
+    assert re.search(r"activations \S+ MB \(\S+ MB between the passes\); ", banner.memory(config, world))
     offload = replace(config, engine=replace(config.engine, offload="cpu"))
-    assert re.search(r"; \S+ MB of host memory, optimizer \S+ MB$", banner.memory(offload, world))
+    assert re.search(r"; \S+ MB of host memory, optimizer \S+ MB; ", banner.memory(offload, world))
     assert "activations not known: the shapes" in banner.memory(resolve(["image_tokenizer", "size=tiny"]), world)

@@ -42,6 +42,7 @@ def launch(log: Path, run: Path, *more: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.scenario(6, "SIGTERM to the launcher alone: processes save and end, the same command goes on")
 def test_launcher_interrupted_and_started_again(data, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     chosen = settings(
@@ -92,6 +93,10 @@ def evil(path: Path, marker: Path) -> Path:
     return path
 
 
+@pytest.mark.scenario(
+    40,
+    "pickles as run.init and as encoder weights, and 12 other wrong inputs: one message, exit code 2, nothing is run",
+)
 def test_refusals_say_why(ranks: RankServer, data: Path, tmp_path: Path):
     """Each ends with code 2, one message, no stack, before anything is trained."""
     marker = tmp_path / "it ran"
@@ -129,6 +134,7 @@ def test_refusals_say_why(ranks: RankServer, data: Path, tmp_path: Path):
     assert not marker.exists()
 
 
+@pytest.mark.scenario(16, "refused with what would divide")
 def test_three_processes_do_not_divide_eight_pairs(ranks: RankServer, data: Path, tmp_path: Path):
     """All processes end with the code for wrong settings, and one says what would divide."""
     ended = ranks.train(3, tmp_path / "run", settings(data)).check(2)

@@ -35,9 +35,12 @@ def go_on_and_compare(ranks: RankServer, data: Path, run: Path, undisturbed: Pat
     return ended.logs[0]
 
 
+@pytest.mark.scenario(
+    4, "SIGKILL inside a backward pass: the other process ends with its stack, the same command goes on bit for bit"
+)
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault="killed", at=3, on_rank=1, timeout=90)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault="kill@rank=1,step=3,place=backward", timeout=90)
     assert ended.codes[1] == -signal.SIGKILL
     assert ended.codes[0] == 1
     assert ended.seconds[0] - ended.seconds[1] < 60
@@ -46,15 +49,17 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, data, tmp_pa
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
-@pytest.mark.parametrize("fault", ["terminated", "hung_up"])
+@pytest.mark.parametrize("fault", ["term", "hup"])
+@pytest.mark.scenario(6, "SIGTERM or SIGHUP to one of two processes: both save the same step")
 def test_a_signal_to_one_process_saves_together(ranks, data, tmp_path, undisturbed, fault):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault=fault, at=2, on_rank=1).check(75)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault=f"{fault}@rank=1,step=2").check(75)
     assert "stopped after step 3" in ended.logs[0] and "Traceback" not in "".join(ended.logs)
     assert checkpoint.steps(run / "checkpoints") == [2, 3]
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
+@pytest.mark.scenario(7, "SIGINT and its echoes save; a second request ends at once")
 def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tmp_path):
     run = tmp_path / "run"
     long = settings(data, "run.max_steps=100000", "run.save_every=100000", "engine.dtype=fp32")
@@ -82,27 +87,34 @@ def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tm
     assert ended.codes == [128 + signal.SIGTERM, -signal.SIGKILL]
 
 
+@pytest.mark.scenario(36, "a process that sleeps: every stack is printed and all end within run.hang_seconds")
 def test_a_step_that_hangs_shows_stacks_and_ends(ranks, data, tmp_path):
     run = tmp_path / "run"
     chosen = settings(data, *SHORT, "run.hang_seconds=12")
-    ended = ranks.train(2, run, chosen, fault="asleep", at=3, on_rank=1, timeout=90)
+    ended = ranks.train(2, run, chosen, fault="sleep@rank=1,step=3", timeout=90)
     assert ended.codes == [1, 1]
     assert "no progress for" in ended.logs[1]
-    assert "most recent call first" in ended.logs[1] and "workers.py" in ended.logs[1]
+    assert "most recent call first" in ended.logs[1] and "faults.py" in ended.logs[1]
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"), [("not_a_number", "the loss of step 3"), ("infinite_gradient", "the gradient of")]
-)
+@pytest.mark.parametrize(("fault", "said"), [("nan", "the loss of step 3"), ("infinite-gradient", "the gradient of")])
 @pytest.mark.parametrize("engine", [("engine.zero=0", "engine.dtype=fp32"), ("engine.zero=2", "engine.dtype=bf16")])
+@pytest.mark.scenario(
+    27,
+    "NaN or infinity on one process: all stop at that step, which names process, micro-batch and samples; no "
+    "checkpoint holds it",
+)
+@pytest.mark.scenario(
+    28, "an infinite gradient under a finite loss: the same (there is no fp16 here, and no loss scale)"
+)
 def test_all_stop_together_when_one_is_not_finite(ranks, data, tmp_path, undisturbed, fault, said, engine):
     """The message names step, process and samples; no checkpoint holds the step."""
     run = tmp_path / "run"
     chosen = settings(data, *SHORT, *engine, "run.save_every=1")
-    ended = ranks.train(2, run, chosen, fault=fault, at=3, on_rank=1).check(1)
+    ended = ranks.train(2, run, chosen, fault=f"{fault}@rank=1,step=3").check(1)
     assert said in ended.logs[0] and "Traceback" not in "".join(ended.logs)
     ids = json.loads((run / "samples-1.jsonl").read_text().splitlines()[3])["samples"]
-    assert f"samples {ids[0] if fault == 'not_a_number' else ids}" in ended.logs[0]
+    assert f"samples {ids[0] if fault == 'nan' else ids}" in ended.logs[0]
     assert "rank 1" in ended.logs[0]
     assert checkpoint.steps(run / "checkpoints") == [1, 2, 3]
     assert "samples" in (run / "not-finite-step-3.json").read_text()
@@ -111,12 +123,17 @@ def test_all_stop_together_when_one_is_not_finite(ranks, data, tmp_path, undistu
 
 def test_data_that_fails_on_one_process_saves_and_stops_all(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault="unreadable_data", at=3, on_rank=1).check(2)
-    assert "rank 1: the table has gone" in ended.logs[1] and "Traceback" not in "".join(ended.logs)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault="error@rank=1,step=3,place=data").check(2)
+    assert "rank 1: [Errno 5] the disk has gone" in ended.logs[1] and "Traceback" not in "".join(ended.logs)
     assert checkpoint.steps(run / "checkpoints") == [2, 3]
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
+@pytest.mark.scenario(
+    8,
+    "SIGKILL in each file of a checkpoint in turn and before the rename: the older one is chosen, the rest is "
+    "named and cleared away",
+)
 def test_killed_while_writing_leaves_the_older_checkpoint(ranks, data, tmp_path):
     """SIGKILL in each file of the second checkpoint in turn, and just before it becomes visible."""
     run = tmp_path / "run"
@@ -129,9 +146,9 @@ def test_killed_while_writing_leaves_the_older_checkpoint(ranks, data, tmp_path)
         shutil.copytree(run, victim)
         shutil.rmtree(victim / "logs")
         if number < len(files):
-            ended = ranks.train(1, victim, chosen, fault="killed_while_writing", at=number)
+            ended = ranks.train(1, victim, chosen, fault=f"kill@place=write,step=4,file={number}")
         else:
-            ended = ranks.train(1, victim, chosen, fault="killed_when_renaming", at=4)
+            ended = ranks.train(1, victim, chosen, fault="kill@place=rename,step=4")
         assert ended.codes == [-signal.SIGKILL]
         left = [p.name for p in (victim / "checkpoints").iterdir()]
         assert sorted(n.startswith(".writing-step-00000004") for n in left) == [False, True], left
@@ -143,9 +160,14 @@ def test_killed_while_writing_leaves_the_older_checkpoint(ranks, data, tmp_path)
     assert sorted(p.name for p in (victim / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (2, 4, 6)]
 
 
+@pytest.mark.scenario(
+    9,
+    "no space while a checkpoint is written beside the steps: all end with one message, nothing half done "
+    "stays, the same command goes on bit for bit",
+)
 def test_no_room_on_the_disk(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ended = ranks.train(2, run, settings(data, *SHORT), fault="full_disk", at=2).check(2)
+    ended = ranks.train(2, run, settings(data, *SHORT), fault="full-disk@step=4,file=1").check(2)
     message = ended.logs[0]
     assert "the checkpoint of step 4 could not be written" in message and "step-00000002" in message
     assert "Traceback" not in "".join(ended.logs)
@@ -153,6 +175,9 @@ def test_no_room_on_the_disk(ranks, data, tmp_path, undisturbed):
     go_on_and_compare(ranks, data, run, undisturbed)
 
 
+@pytest.mark.scenario(
+    11, "a flipped bit, a missing manifest, a stranger's file: named, passed over, the older one chosen"
+)
 def test_damaged_checkpoints_are_passed_over_by_name(ranks, data, tmp_path, undisturbed):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)

@@ -41,6 +41,12 @@ def copy_of_first_half(run: Path, to: Path, half: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "engine"), [ONE_BF16, TWO_BF16, TWO_FP32, THREE, NONE_BF16])
+@pytest.mark.scenario(
+    2,
+    "10 and 10 steps are 20 bit for bit: losses, gradient norms, weights, moments, samples; ZeRO 0 to 3, fp32 "
+    "and bf16, 1 to 3 micro-batches, dropout on",
+)
+@pytest.mark.scenario(1, "the same on one process (cases of this test)")
 def test_ten_and_ten_steps_are_twenty_bit_for_bit(ranks: RankServer, data: Path, tmp_path: Path, world, engine):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     half = 3 if engine is THREE[1] else 10  # stage 3 is slow where there is no GPU
@@ -56,13 +62,16 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(ranks: RankServer, data: Path,
     assert_same_bits(exported, {n: t for n, t in tensors(whole, 2 * half).items() if n.startswith("weight/")}, least=60)
 
 
+@pytest.mark.scenario(
+    13, "2, 1 and 4 processes one after another read the samples of one process in its order; losses within 1e-5"
+)
 def test_another_number_of_processes_sees_the_same_samples(ranks: RankServer, data: Path, tmp_path: Path):
-    """2 -> 1 -> 2 processes, with 2, 4 and 1 micro-batches a step, against 20 steps in one."""
+    """2 -> 1 -> 4 processes, with 2, 4 and 1 micro-batches a step, against 20 steps in one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = settings(data, "engine.dtype=fp32", "run.save_every=5", "run.keep_last=9")
     ranks.train(1, whole, [*common, "engine.zero=0", "engine.micro_batch=8"]).check()
     seen = {}
-    for world, micro, start, stop in ((2, 2, 0, 5), (1, 2, 5, 15), (2, 4, 15, 20)):
+    for world, micro, start, stop in ((2, 2, 0, 5), (1, 2, 5, 15), (4, 2, 15, 20)):
         ended = ranks.run(
             world, parts / f"logs-{start}", "workers:train_until", end=stop,
             argv=["pretrain", "size=tiny", f"run.dir={parts}", *common, "engine.zero=2", f"engine.micro_batch={micro}"],
@@ -75,6 +84,7 @@ def test_another_number_of_processes_sees_the_same_samples(ranks: RankServer, da
     assert worst(losses(parts), losses(whole)) < 1e-5
 
 
+@pytest.mark.scenario(14, "ZeRO 2, 3 and 1 one after another: the same samples, losses within 1e-3 in bf16")
 def test_another_zero_stage_goes_on(ranks: RankServer, data: Path, tmp_path: Path):
     """Stage 2 -> 3 -> 1 on two processes in bf16, against all at stage 2."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -95,6 +105,11 @@ def test_another_zero_stage_goes_on(ranks: RankServer, data: Path, tmp_path: Pat
         (SWIN, 96, "from 9 to 25 rows", "relative_position_bias_table"),
     ],
     ids=["CLIP", "Swin"],
+)
+@pytest.mark.scenario(
+    18,
+    "weights of a checkpoint, an export or a published file at a larger picture size: position tables "
+    "resampled, the rest untouched; moments start anew",
 )
 def test_weights_only_start(ranks: RankServer, data: Path, tmp_path: Path, encoder, larger, change, tables):
     """run.init from a checkpoint, an export and a published file, for larger pictures: the weights, not the step."""
