@@ -63,7 +63,6 @@ def plain_losses(model: Meter, batch: Batch, objectives: Sequence[str] = ("mlm",
     return {name: loss for name, (loss, _) in plain_steps(model, batch, objectives).items()}
 
 
-@sdpa_kernel(SDPBackend.MATH)
 def plain_steps(model: Meter, batch: Batch, objectives: Sequence[str]) -> dict[str, Told]:
     """The objectives' mean losses and how many were right, one whole pass after the other."""
     return {name: STEPS[name](model, batch) for name in objectives}
@@ -153,6 +152,7 @@ def pad_text(batch: Texts, length: int, pad_id: int) -> Texts:
 
 
 @torch.inference_mode()
+@sdpa_kernel(SDPBackend.MATH)
 def plain_match_scores(model: Meter, images: Tensor, ids: list[list[int]], length: int) -> Tensor:
     """Rank scores [N,T] float32 of images [N,3,H,W] against texts of token ids, as in the published loop: for each
     picture all texts, padded to `length`, each with a picture of its own and through every row of every layer."""
@@ -166,6 +166,7 @@ def plain_match_scores(model: Meter, images: Tensor, ids: list[list[int]], lengt
     return torch.stack(rows)
 
 
+@sdpa_kernel(SDPBackend.MATH)
 def plain_scores(model: Meter, head: str, pictures: tuple[Tensor, ...], ids: Tensor, mask: Tensor) -> Tensor:
     """What a head says of B requests, as the published code asks it: every picture encoded as often as it is asked
     about, the text once for each picture of a request, and the head of masked words read everywhere.
@@ -181,6 +182,7 @@ def plain_scores(model: Meter, head: str, pictures: tuple[Tensor, ...], ids: Ten
     return getattr(model, head)(torch.cat([one.cls for one in fused], dim=-1))
 
 
+@sdpa_kernel(SDPBackend.MATH)
 def plain_caption(model: Meter, images: Tensor, ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """Best token after best token, with nothing kept between steps: images [B,3,H,W], ids and mask [B,L] of what is
     read -> [B,length]; what follows an end means nothing."""
