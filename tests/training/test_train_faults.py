@@ -84,7 +84,7 @@ def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tm
 
 def test_a_step_that_hangs_shows_stacks_and_ends(ranks, data, tmp_path):
     run = tmp_path / "run"
-    chosen = settings(data, *SHORT, "run.hang_seconds=12")
+    chosen = settings(data, *SHORT, "run.hang_seconds=30")
     ended = ranks.train(2, run, chosen, fault="asleep", at=3, on_rank=1, timeout=90)
     assert ended.codes == [1, 1]
     assert "no progress for" in ended.logs[1]
