@@ -47,7 +47,7 @@ from meter_fast.training.resume import (
 from meter_fast.training.saving import Saver
 from meter_fast.training.spikes import Spikes
 from meter_fast.training.tasks import task_of
-from meter_fast.training.watchdog import expect_progress, no_watchdog, watch_peers
+from meter_fast.training.watchdog import LAST_RESORT, expect_progress, no_watchdog, watch_peers
 from meter_fast.training.world import StoppedTogether, World
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
@@ -349,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outlive_terminal()
     try:
         expect_progress(config.run.hang_seconds)
-        this = world.start(config.run.hang_seconds)
+        this = world.start(config.run.hang_seconds + LAST_RESORT)  # the watchdog, which knows more, speaks first
         peers = watched(config, this)
         run = prepare(config, this)
         run.stop.listen()

@@ -90,7 +90,7 @@ def test_signals_from_outside_save_and_a_second_one_ends_at_once(ranks, data, tm
 @pytest.mark.scenario(36, "a process that sleeps: every stack is printed and all end within run.hang_seconds")
 def test_a_step_that_hangs_shows_stacks_and_ends(ranks, data, tmp_path):
     run = tmp_path / "run"
-    chosen = settings(data, *SHORT, "run.hang_seconds=12")
+    chosen = settings(data, *SHORT, "run.hang_seconds=30")
     ended = ranks.train(2, run, chosen, fault="sleep@rank=1,step=3", timeout=90)
     assert ended.codes == [1, 1]
     assert "no progress for" in ended.logs[1]

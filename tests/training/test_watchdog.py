@@ -102,7 +102,7 @@ def line_of(text: str, begin: str) -> str:
     [
         ("starting", 1, (), "in starting for"),
         ("loader thread", 1, ("data.workers=1",), "in data for"),
-        ("saving", 0, (), "in evaluation or saving for"),
+        ("saving", 0, ("run.async_save=false",), "in evaluation or saving for"),
     ],
 )
 def test_a_rank_that_hangs_is_named_and_both_end(ranks, data, tmp_path, where, rank, more, phase):
