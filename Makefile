@@ -7,12 +7,14 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo tasks-demo test bench lint clean
+.PHONY: help setup demo tasks-demo test test-faults test-multinode bench lint clean
 
 help:
 	@echo "make demo    pre-train on synthetic scenes, score on held-out ones, write $(RUN)/report.html"
 	@echo "make tasks-demo  fine-tune that model, and one from scratch, on every task; write $(RUN)/tasks/table.md"
 	@echo "make test    run the tests"
+	@echo "make test-faults     every fault of docs/reliability.md, written there (an hour)"
+	@echo "make test-multinode  runs on two hosts made of network namespaces (root, Linux)"
 	@echo "make bench   regenerate the tables under benchmarks/results"
 	@echo "make lint    check style"
 
@@ -43,6 +45,9 @@ tasks-demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-multinode: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multinode tests/training
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_time --case pretrain_288 --batch 2

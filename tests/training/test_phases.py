@@ -97,6 +97,7 @@ def test_others_are_not_named():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["data", "forward", "backward", "optimizer"])
+@pytest.mark.scenario(34, "a process that keeps the others waiting is named with its phase")
 def test_a_rank_that_sleeps_is_named_with_its_phase(ranks: RankServer, data: Path, tmp_path, where):
     """ZeRO-2: the others wait for it in collectives inside backward and optimizer, which is not their work."""
     run = tmp_path / "run"
@@ -109,6 +110,7 @@ def test_a_rank_that_sleeps_is_named_with_its_phase(ranks: RankServer, data: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.scenario(35, "slow decoding: data-bound, with a hint; asked to stop meanwhile, the run saves and ends")
 def test_slow_decoding_is_shown_with_a_hint_and_ends_in_order(ranks: RankServer, data: Path, tmp_path):
     run = tmp_path / "run"
     more = ("run.max_steps=9999", "run.save_every=9999", "data.workers=1", "data.prefetch=1")

@@ -105,6 +105,7 @@ def line_of(text: str, begin: str) -> str:
         ("saving", 0, ("run.async_save=false",), "in evaluation or saving for"),
     ],
 )
+@pytest.mark.scenario(36, "stuck in start-up, a loader thread or saving: rank and phase are named, all end")
 def test_a_rank_that_hangs_is_named_and_both_end(ranks, data, tmp_path, where, rank, more, phase):
     logs = hung(ranks, data, tmp_path / "run", *more, where=where, on_rank=rank)
     assert f"error: rank {rank} on " in logs[rank] and "makes no progress for 40 s (run.hang_seconds)" in logs[rank]
@@ -116,6 +117,7 @@ def test_a_rank_that_hangs_is_named_and_both_end(ranks, data, tmp_path, where, r
 
 
 @pytest.mark.slow
+@pytest.mark.scenario(4, "the process that is left names the one that was killed")
 def test_the_rank_that_was_killed_is_named(ranks, data, tmp_path):
     run = tmp_path / "run"
 

@@ -71,6 +71,8 @@ class TwoHosts:
     `ssh_config` and the keys. Raises RuntimeError where the machine refuses."""
 
     def __init__(self) -> None:
+        if text := missing():
+            raise RuntimeError(text)
         self.spaces = [f"{PREFIX}-{os.getpid()}-{number}" for number in range(2)]
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-hosts-"))
         self.hostfile = self.folder / "hostfile"
