@@ -13,7 +13,7 @@ help:
 	@echo "make demo    pre-train on synthetic scenes, score on held-out ones, write $(RUN)/report.html"
 	@echo "make tasks-demo  fine-tune that model, and one from scratch, on every task; write $(RUN)/tasks/table.md"
 	@echo "make test    run the tests"
-	@echo "make test-faults     every fault of docs/reliability.md, written there (an hour)"
+	@echo "make test-faults     carry out the scenarios of docs/reliability.md (kills, full disks, a soak), write their table"
 	@echo "make test-multinode  runs on two hosts made of network namespaces (root, Linux)"
 	@echo "make bench   regenerate the tables under benchmarks/results"
 	@echo "make lint    check style"
@@ -44,7 +44,10 @@ tasks-demo: $(INSTALLED)
 	$(BIN)/meter-fast train transfer size=tiny init=$(RUN) data.root=$(RUN)/data run.dir=$(RUN)/tasks seeds=0,1,2 $(ROWS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not faults"
+
+test-faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scenario -p tests.scenario_table
 
 test-multinode: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multinode tests/training

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ from meter_fast.training.world import StoppedTogether, World
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
 FAREWELL_SECONDS = 300
+SAYS_WHY_SECONDS = 10.0
 
 
 class NotFinite(RuntimeError):
@@ -343,7 +345,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = resolve([a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")])
     except ConfigError as error:
-        return complain(error, EXIT_WRONG) if rank == 0 else EXIT_WRONG
+        if rank != 0:  # the launcher ends all with the first that ends: let it be the one that says why
+            time.sleep(SAYS_WHY_SECONDS)
+            return EXIT_WRONG
+        return complain(error, EXIT_WRONG)
     run: Run | None = None
     peers: Peers | None = None
     outlive_terminal()

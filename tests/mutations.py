@@ -38,8 +38,8 @@ MUTATIONS = (
              "training/test_checkpoint.py::test_a_failing_delete_is_told_and_ends_nothing"),
     Mutation("the check of names in a manifest", CHECKPOINT, "if Path(name).name != name:", "if False:",
              "training/test_checkpoint.py::test_a_manifest_that_points_outside_is_refused"),
-    Mutation("the write probe", CHECKPOINT, '        write_durably(trial, b"probe")\n        trial.unlink()\n',
-             "        pass\n", "training/test_checkpoint.py::test_the_write_probe_names_the_folder"),
+    Mutation("the write probe", CHECKPOINT, 'write_durably(trial, b"probe")', "pass",
+              "training/test_checkpoint.py::test_the_write_probe_names_the_folder"),
     Mutation("the order of writing: visible only at the end", CHECKPOINT,
              'folder / f".writing-step-{step:08d}-{uuid.uuid4().hex[:8]}"', "self.final",
              "training/test_checkpoint.py::test_nothing_is_visible_before_the_end"),
@@ -85,8 +85,8 @@ MUTATIONS = (
              "training/test_hostile_files.py::test_crafted_safetensors_are_refused"),
     Mutation("the stop at what is not finite", "meter_fast/train.py", "    if not news.not_finite:\n", "    if True:\n",
              "training/test_train_faults.py::test_all_stop_together_when_one_is_not_finite"),
-    Mutation("Saver.poll in the loop", "meter_fast/train.py", "failure is not None or run.saver.poll()",
-             "failure is not None", "training/test_train_faults.py::test_no_room_on_the_disk"),
+    Mutation("Saver.poll", SAVING, "return self._written is not None and self._written.error is not None",
+             "return False", "training/test_saving.py::test_a_full_disk_is_told_once_and_leaves_the_older_one"),
     Mutation("what outlives a closed terminal", "meter_fast/train.py", "    outlive_terminal()\n", "",
              "training/test_more_faults.py::test_a_closed_terminal"),
     Mutation("the watchdog", "meter_fast/training/interruption.py",
@@ -97,7 +97,8 @@ MUTATIONS = (
 
 def guards() -> dict[str, str]:
     """Test -> what it was seen to fail without."""
-    return {mutation.test: mutation.guard for mutation in MUTATIONS}
+    tests = {mutation.test for mutation in MUTATIONS}
+    return {test: "; ".join(one.guard for one in MUTATIONS if one.test == test) for test in tests}
 
 
 def fails_without(mutation: Mutation, copy: Path) -> bool:

@@ -295,8 +295,10 @@ def probe(folder: Path, expected_bytes: int) -> None:
     trial = folder / f".writing-probe-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(trial, b"probe")
-        trial.unlink()
+        try:
+            write_durably(trial, b"probe")
+        finally:
+            trial.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"run.dir: cannot write into {folder}: {error.strerror}; choose another run.dir"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from small_run import Payload
 
 from meter_fast.training import checkpoint
@@ -172,5 +173,7 @@ def test_the_write_probe_names_the_folder(tmp_path):
         checkpoint.probe(tmp_path / "file" / "run", 0)
     with pytest.raises(CheckpointError, match=r"takes 1000000.00 GB .* free"):
         checkpoint.probe(tmp_path / "run", 10**15)
+    with full_disk(1), pytest.raises(CheckpointError, match=r"cannot write into .*/run: File too large"):
+        checkpoint.probe(tmp_path / "run", 1)
     checkpoint.probe(tmp_path / "run", 1)
     assert list((tmp_path / "run").iterdir()) == []
