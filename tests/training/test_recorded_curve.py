@@ -19,8 +19,10 @@ ELSEWHERE = 2e-3  # relative; other processors sum in another order, and thirty 
 def build() -> dict[str, str]:
     """What the last digits depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability(), "processor": model}
+    told = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    processor = [told.get(key, "") for key in ("model name", "cpu family", "model", "stepping")]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "instructions": capability, "processor": " ".join(processor)}
 
 
 def measured(run: Path) -> dict:
