@@ -1,8 +1,9 @@
 """How the C library treats memory that is given back. Knows glibc; nothing of models.
 
 By default glibc returns every block above 32 MB to the system at once, and the top of its heap with it. A step on a CPU
-allocates such blocks by the hundred: the system has to clear the same pages each time, which took 40 % of a
-pre-training step (2 cores, base, 288 px, 8 pairs in bf16: 13.3 s, and 8.3 with memory kept).
+allocates such blocks by the hundred, and the system has to clear the same pages each time: 6 % of a plain pre-training
+step on an idle machine (2 cores, base, 288 px, 8 pairs in bf16), a third where other programs want the cores, too
+(`docs/log.md`).
 """
 
 import ctypes

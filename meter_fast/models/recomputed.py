@@ -25,10 +25,10 @@ def activated(linear: Callable[[Tensor], Out], activation: Callable[[Tensor], Te
     if keep or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return linear(activation(up))
     hidden = activation(up)
-    place = StorageWeakRef(hidden.untyped_storage())
+    place, size = StorageWeakRef(hidden.untyped_storage()), hidden.numel()
 
     def pack(tensor: Tensor) -> Tensor | torch.Size:
-        is_hidden = tensor.numel() == hidden_size and StorageWeakRef(tensor.untyped_storage()) == place
+        is_hidden = tensor.numel() == size and StorageWeakRef(tensor.untyped_storage()) == place
         return tensor.shape if is_hidden and tensor.is_contiguous() else tensor
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
@@ -37,7 +37,6 @@ def activated(linear: Callable[[Tensor], Out], activation: Callable[[Tensor], Te
         with torch.no_grad():
             return activation(up).view(packed)
 
-    hidden_size = hidden.numel()
     with saved_tensors_hooks(pack, unpack):
         return linear(hidden)
 
