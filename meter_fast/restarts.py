@@ -19,11 +19,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from meter_fast.launching import training_command
+from meter_fast.launching import Starter, training_command
 from meter_fast.training import checkpoint
 from meter_fast.training.interruption import EXIT_INTERRUPTED, SIGNALS
 from meter_fast.training.monitor import METRICS_FILE
@@ -62,12 +61,12 @@ def train_with_restarts(arguments: Sequence[str], run_dir: Path, processes: int,
     """Run the training until it ends for good. Returns its exit code: that of the last start, 75 where this process was
     asked to stop. arguments: recipe and settings."""
     before, restarts = None, 0
-    with _Asked() as asked:
+    with Starter() as starter:
         while True:
             reports = _reports(run_dir)
             words, environment = training_command(arguments, processes, hostfile)
-            code = asked.run(words, environment)
-            if asked.reason or code in ASKED:
+            code = _run(starter, words, environment)
+            if starter.reason or code in ASKED:
                 return EXIT_INTERRUPTED
             if code in FINAL:
                 return code
@@ -116,48 +115,23 @@ def _say(text: str) -> None:
     print(f"meter-fast train: {text}", file=sys.stderr, flush=True)
 
 
-class _Asked:
-    """Starts runs, and passes a request to stop on to the one that runs. A context manager: it listens inside."""
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self._process: subprocess.Popen | None = None
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> "_Asked":
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._heard)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def run(self, words: Sequence[str], environment: dict[str, str]) -> int:
-        """The exit code of a run, when all of its processes on this host are gone."""
-        self._process = subprocess.Popen(words, env=environment)
-        if self.reason:  # asked in the moment before there was a process to tell
-            self._process.send_signal(signal.SIGTERM)
-        family: set[psutil.Process] = set()
-        while True:
-            family |= _descendants(self._process.pid)
-            try:
-                code = self._process.wait(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        saves = bool(self.reason) or code == EXIT_INTERRUPTED or code in ASKED
-        _, left = psutil.wait_procs(family, timeout=None if saves else GONE_SECONDS)
-        for process in left:  # of a crashed run, and would write into the folder of the next one
-            process.kill()
-        psutil.wait_procs(left)
-        return code
+def _run(starter: Starter, words: Sequence[str], environment: dict[str, str]) -> int:
+    """The exit code of a run, when all of its processes on this host are gone."""
+    process = starter.start(words, environment)
+    family: set[psutil.Process] = set()
+    while True:
+        family |= _descendants(process.pid)
+        try:
+            code = process.wait(timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    saves = bool(starter.reason) or code == EXIT_INTERRUPTED or code in ASKED
+    _, left = psutil.wait_procs(family, timeout=None if saves else GONE_SECONDS)
+    for one in left:  # of a crashed run, and would write into the folder of the next one
+        one.kill()
+    psutil.wait_procs(left)
+    return code
 
 
 def _descendants(pid: int) -> set[psutil.Process]:

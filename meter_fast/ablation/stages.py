@@ -4,18 +4,16 @@ Knows commands, processes, signals and the files that say how a stage ended. Kno
 """
 
 import json
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from meter_fast.ablation.rows import Launch, PlannedRow, Stage
 from meter_fast.config import ConfigError
-from meter_fast.launching import training_command
-from meter_fast.training.interruption import EXIT_INTERRUPTED, SIGNALS
+from meter_fast.launching import Starter, training_command
+from meter_fast.training.interruption import EXIT_INTERRUPTED
 from meter_fast.training.monitor import RUN_FILE, duration, replace_text
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG = 0, 1, 2
@@ -110,56 +108,36 @@ def _took(stage: Stage, seconds: float) -> dict:
     return {"seconds": seconds}
 
 
-class Runner:
-    """Starts stages, shows how far they are, and passes a request to stop (SIGTERM, SIGINT, SIGHUP) on to the one that
-    runs. A context manager: the handlers are there inside it."""
+class Runner(Starter):
+    """Starts stages and shows how far they are."""
 
     def __init__(self, launch: Launch) -> None:
+        super().__init__()
         self.launch = launch
-        self.stopping = False
-        self._process: subprocess.Popen | None = None
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> "Runner":
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._heard)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        self.stopping = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
 
     def run(self, stage: Stage, title: str) -> tuple[int, str]:
         """Run a stage to its end. Returns (exit code, the line that says why if it is not 0); a stage that was stopped
         ends with 75, whatever its processes said."""
-        if self.stopping:
+        if self.reason:
             return EXIT_INTERRUPTED, ""
         words, environment = command_of(stage, self.launch)
         say(f"{title} {' '.join(stage.command)}")
         last = ""
         with open(stage.log, "a", encoding="utf-8", errors="replace") as log:
             # A session of its own: Ctrl-C then reaches the stage once, from here.
-            self._process = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-                errors="replace", env=environment, start_new_session=True,
+            process = self.start(
+                words, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
-            if self.stopping:  # asked in the moment before there was a process to tell
-                self._process.send_signal(signal.SIGTERM)
-            for line in self._process.stdout:  # ends when the last process of the stage has closed it
+            for line in process.stdout:  # ends when the last process of the stage has closed it
                 log.write(line)
                 log.flush()
                 if line.startswith(SHOWN):
                     say(f"{title} {line.rstrip()}")
                 if line.strip() and not ("error:" in last and "error:" not in line):
                     last = line.strip()
-            code = self._process.wait()
-        if self.stopping or code == EXIT_INTERRUPTED:
+            code = process.wait()
+        if self.reason or code == EXIT_INTERRUPTED:
             return EXIT_INTERRUPTED, ""
         return code, last
 
