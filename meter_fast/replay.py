@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from meter_fast.config import RunConfig, from_dict
 from meter_fast.models.files import read_json
-from meter_fast.train import Run, leave, prepare
+from meter_fast.train import leave
 from meter_fast.training import checkpoint, world
 from meter_fast.training.checkpoint import CheckpointError
 from meter_fast.training.monitor import METRICS_FILE, read_metrics
 from meter_fast.training.progress import exchange
 from meter_fast.training.record import StepRecord
 from meter_fast.training.resume import checkpoints_of
+from meter_fast.training.run import Run, prepare
 
 EXIT_SAME, EXIT_DIFFERENT, EXIT_WRONG = 0, 1, 2
 

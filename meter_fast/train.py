@@ -3,8 +3,8 @@
     deepspeed --module meter_fast.train pretrain size=base data.root=DATA run.dir=runs/base
     deepspeed --num_gpus 2 --no_local_rank --module meter_fast.train pretrain size=tiny data.root=SCENES
 
-Puts the rooms together; the loop is `fit`. Exit codes: 0 done; 75 asked to stop (SIGTERM, SIGINT, SIGHUP) and
-saved, the same command goes on; 2 wrong settings, data or files; 1 anything else.
+The loop is `fit`; what it works with is put together in `training/run.py`. Exit codes: 0 done; 75 asked to stop
+(SIGTERM, SIGINT, SIGHUP) and saved, the same command goes on; 2 wrong settings, data or files; 1 anything else.
 """
 
 import contextlib
@@ -13,40 +13,25 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from meter_fast.config import ConfigError, RunConfig, describe, to_dict
+from meter_fast.config import ConfigError, RunConfig
 from meter_fast.data.batch import Batch
 from meter_fast.host_memory import keep_freed_memory
 from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
-from meter_fast.training import banner, checkpoint, slurm, world
-from meter_fast.training.engine import DTYPES, Engine, accumulation
-from meter_fast.training.interruption import EXIT_INTERRUPTED, StopRequest, outlive_terminal
-from meter_fast.training.monitor import Monitor
-from meter_fast.training.pairs import Pairs, fit_length, fit_vocabulary, open_tokenizer
+from meter_fast.training import checkpoint, slurm, world
+from meter_fast.training.interruption import EXIT_INTERRUPTED, outlive_terminal
 from meter_fast.training.peers import Peers
 from meter_fast.training.progress import Interval, News, exchange
 from meter_fast.training.record import StepRecord
-from meter_fast.training.resume import (
-    Start,
-    checkpoints_of,
-    describe_run,
-    expected_bytes,
-    export,
-    find_start,
-    load_weights,
-    restore,
-)
-from meter_fast.training.saving import Saver
-from meter_fast.training.spikes import Spikes
+from meter_fast.training.resume import describe_run, export
+from meter_fast.training.run import Run, prepare
 from meter_fast.training.tasks import task_of
 from meter_fast.training.watchdog import LAST_RESORT, expect_progress, no_watchdog, watch_peers
 from meter_fast.training.world import StoppedTogether, World
@@ -58,31 +43,6 @@ SAYS_WHY_SECONDS = 10.0
 
 class NotFinite(RuntimeError):
     """The loss or the gradient of a step is NaN or infinite; the text names step, processes and samples."""
-
-
-@dataclass
-class Run:
-    """Everything the loop works with."""
-
-    config: RunConfig
-    world: World
-    engine: Engine
-    pairs: Pairs
-    monitor: Monitor
-    saver: Saver
-    start: Start
-    stop: StopRequest = field(default_factory=StopRequest)
-    spikes: Spikes = field(default_factory=Spikes)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of this run's checkpoints."""
-        return checkpoints_of(self.config.run.dir)
-
-    def skipped(self) -> dict[str, int]:
-        """Samples replaced since the run began, over all processes and resumptions, by cause. Collective."""
-        counts = self.world.share(dict(self.pairs.loader.skipped))
-        return dict(sum(map(Counter, counts), Counter(self.start.skipped)))
 
 
 def fit(run: Run) -> int:
@@ -270,43 +230,6 @@ def finish(run: Run) -> None:
     run.monitor.summary(rows, task_of(run.config.objectives.names).next_command.format(run=run.config.run.dir))
 
 
-# ---------------------------------------------------------------------------------------------------------- setting up
-
-
-def prepare(config: RunConfig, this: World) -> Run:
-    """Open data, model and engine, and show the banner. Collective; raises ValueError or OSError with the remedy."""
-    accumulated = accumulation(config.engine.global_batch, config.engine.micro_batch, this.size)
-    task = task_of(config.objectives.names)
-    sources = this.each(lambda: task.open_sources(config.data))
-    this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), 0))
-    tokenizer, folder = open_tokenizer(config, this, sources) if task.reads_text else (None, None)
-    read = fit_length(
-        fit_vocabulary(config, tokenizer) if task.reads_text else config, task.draws(config.data, sources)
-    )
-    config, answers = this.each(lambda: task.fit(read, sources))
-    dtype = DTYPES[config.engine.dtype]
-    pairs = this.each(lambda: task.open_data(config, this, sources, tokenizer, folder, accumulated, dtype, answers))
-    start = find_start(config, this, pairs.identity())
-    memory = this.together(lambda: banner.memory(config, this))
-    torch.manual_seed(config.run.seed)
-    module = this.each(lambda: build(config, this, start))
-    this.together(lambda: checkpoint.probe(checkpoints_of(config.run.dir), expected_bytes(count(module))))
-    engine = Engine(module, config, this, task.parameter_name, start.masters)
-    restore(engine.state, start, this)
-    start.reader = start.masters = None
-    samples = config.engine.global_batch * pairs.samples_a_draw
-    monitor = Monitor(config.run.dir, config.run.max_steps, samples, this.is_main)
-    monitor.message(describe(config))
-    monitor.banner(banner.rows(config, this, engine, pairs, start, module.model, memory))
-    this.together(lambda: note_settings(config))
-    monitor.start(start.step)
-    options = config.run
-    saver = Saver(
-        engine.state, this, checkpoints_of(options.dir), options.keep_last, options.async_save, monitor.message
-    )
-    return Run(config, this, engine, pairs, monitor, saver, start)
-
-
 def watched(config: RunConfig, this: World) -> Peers | None:
     """Let the watchdog look after the other processes; None for one that is alone. Collective."""
     if this.size == 1:
@@ -316,27 +239,6 @@ def watched(config: RunConfig, this: World) -> Peers | None:
     for line in peers.unwatched:
         print(f"warning: {line}; it is not watched: is there a firewall?", file=sys.stderr, flush=True)
     return peers
-
-
-def build(config: RunConfig, this: World, start: Start) -> torch.nn.Module:
-    """The module in fp32 on the host; weights from files are read on the main process alone."""
-    from_files = this.is_main and start.step == 0 and not config.run.init
-    task = task_of(config.objectives.names)
-    model = task.make(config, from_files)
-    if this.is_main:
-        load_weights(model, config, start)
-    return task.module(model, config)
-
-
-def count(module: torch.nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
-
-
-def note_settings(config: RunConfig) -> None:
-    """Keep the resolved configuration in the run directory."""
-    path = Path(config.run.dir) / "config.json"
-    path.write_text(json.dumps(to_dict(config), indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

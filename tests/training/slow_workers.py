@@ -9,7 +9,7 @@ import torch
 
 from meter_fast import train as program
 from meter_fast.data.assemble import Assembler
-from meter_fast.training import checkpoint
+from meter_fast.training import checkpoint, run
 from meter_fast.training.engine import Engine
 from meter_fast.training.optimizer import AdamW
 
@@ -89,7 +89,7 @@ def in_a_thread(pause: Callable[[], None]) -> None:
 
 
 PLACES = {
-    "starting": calling(program, "build"),
+    "starting": calling(run, "build"),
     "data": calling(Assembler, "micro_batch"),
     "loader thread": in_a_thread,
     "forward": in_forward,
