@@ -21,8 +21,7 @@ CLEARLY_SLOWER = 0.2  # share of a step
 @dataclass(frozen=True)
 class News:
     """The same on every process. counts: by objective, what its loss is a mean over, in the coming step. losses,
-    losses,
-        correct, count: sums over all micro-batches of the step before. seconds: what it took each process, by phase."""
+    correct, count: sums over all micro-batches of the step before. seconds: what it took each process, by phase."""
 
     counts: dict[str, float]
     stop: bool

@@ -49,8 +49,7 @@ class StepRecord:
         self.sample_ids.append(sample_ids)
 
     def close(self, grad_norm: Tensor | float | None, rates: dict[str, float], seconds: Sequence[float]) -> None:
-        """The step is done: begin the copy to the host. seconds: what it took this process, by
-        phase."""
+        """The step is done: begin the copy to the host. seconds: what it took this process, by phase."""
         self.rates, self.seconds = rates, seconds
         self._norm_known = grad_norm is not None
         table = torch.stack(self._rows)
