@@ -1,10 +1,11 @@
 """Processes that are told to go: in turn, together, with their own surroundings, and what is said when one fails."""
 
 import os
+from functools import partial
 
 import pytest
 
-from benchmarks.apart import Apart, Work, closing, rounds
+from benchmarks.apart import Apart, Work, closing, rounds, rounds_one_at_a_time
 
 
 def make_counter(name: str, log: str) -> Work:
@@ -42,6 +43,13 @@ def test_rounds_alternate(tmp_path) -> None:
         "b": [{"gone": 2, "rank": 2.0}, {"gone": 3, "rank": 2.0}],
     }
     assert not any(side._process.is_alive() for side in sides)
+
+
+def test_one_at_a_time_each_round_begins_anew(tmp_path) -> None:
+    log = tmp_path / "log"
+    found = rounds_one_at_a_time({name: partial(Apart, make_counter, name, str(log)) for name in "ab"}, 2)
+    assert log.read_text() == "aabbaabb"  # once for what happens once, and once that counts
+    assert found == {name: [{"gone": 2, "rank": -1.0}] * 2 for name in "ab"}
 
 
 @pytest.mark.parametrize(("at_once", "said"), [(True, "ValueError: no such thing"), (False, "exit code 3")])

@@ -34,6 +34,7 @@ def test_numbers_of_a_side() -> None:
     assert ours["flops_per_sample"] == pytest.approx(200 / 6) and plain["flops_per_sample"] == 100
     assert ours["mfu"] == pytest.approx(200 / 3 / 1000) and ours["published_mfu"] == pytest.approx(600 / 3 / 1000)
     assert plain["mfu"] == plain["published_mfu"]
+    assert _metrics(ROUNDS, KNOWN, "plain_kept", plan, 1000.0) == plain
     assert "estimated_peak_memory" not in plain and ours["estimated_peak_memory"] == 7
     several = _metrics(ROUNDS, KNOWN, "eager", Plan(CASES["vqa_576_5"], batch=6), 1000.0)
     assert "estimated_peak_memory" not in several  # it is of a picture a question
