@@ -7,7 +7,7 @@ import torch
 from golden_cases import TOLERANCE, relative
 from torch import Tensor
 
-from benchmarks.plain import PlainLoss, as_published
+from benchmarks.plain import PLAIN, PlainLoss, as_published, plain_match_scores, plain_scores
 from benchmarks.step_cases import CASES, Case, Plan, configuration, make_batch
 from meter_fast.data.batch import Batch, PretrainBatch
 from meter_fast.models.meter import Meter
@@ -115,6 +115,18 @@ def test_attention_writes_its_scores_out() -> None:
         called[side] = {event.key for event in profile.key_averages()}
     assert any("flash_attention" in name for name in called["fast"])
     assert not any("flash_attention" in name or "efficient_attention" in name for name in called["plain"])
+
+
+def test_plain_predictions_write_their_scores_out() -> None:
+    config = configuration(Plan(Case("vqa", 384), "tiny", batch=2, dtype="fp32")).model
+    model = Meter(replace(config, rank_head=True), kernels=PLAIN).eval()
+    pictures, ids = torch.randn(1, 3, 384, 384), [[0, 7, 8, 2]]
+    with torch.profiler.profile() as profile, torch.no_grad():
+        plain_match_scores(model, pictures, ids, 50)
+        plain_scores(model, "vqa_head", (pictures,), torch.tensor(ids), torch.ones(1, 4, dtype=torch.bool))
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_attention_math" in called
+    assert not any("flash_attention" in name or "efficient_attention" in name for name in called)
 
 
 @pytest.mark.parametrize("name", CASES)
