@@ -215,6 +215,17 @@ MUTATIONS = (
              "with torch.serialization.safe_globals(list(inert)):\n            return torch.load(",
              "with torch.serialization.safe_globals([]):\n            return torch.load(",
              "interop/test_published.py::test_lightning_file"),
+    Mutation("what is left alone in a table", "meter_fast/data/tables.py",
+             "        schema = pa.ipc.open_file(mapped).schema\n", "        schema = pa.ipc.open_file(mapped).schema\n"
+             '        [__import__("pickle").loads(value) for value in (schema.metadata or {}).values()]\n',
+             "training/test_hostile_files.py::test_pickles_in_a_table_are_not_opened"),
+    Mutation("settings from the command line alone", "meter_fast/recipes/__init__.py",
+             "return override(recipe(**arguments), settings)",
+             'return override(recipe(**arguments), [f"{k}={v}" for k, v in __import__("os").environ.items() '
+             'if k.startswith("optim.")] + settings)',
+             "training/test_hostile_files.py::test_the_environment_overrides_nothing"),
+    Mutation("the restart, over a soak", RESTARTS, "            if code in FINAL:", "            if True:",
+             "training/test_soak.py::test_two_thousand_steps_under_faults"),
 )  # fmt: skip
 
 
