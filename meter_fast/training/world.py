@@ -156,10 +156,12 @@ def start(timeout_seconds: int) -> World:
     timeout = timedelta(seconds=timeout_seconds)
     try:
         deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+        on_host = dist.get_backend() == "gloo"
+        host = dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=timeout)
+        # Nobody goes on before all have met: a process that ends at once takes the meeting place with it.
+        dist.barrier(host)
     except dist.DistNetworkError as error:
         raise ConfigError(_why_apart(error)) from error
-    on_host = dist.get_backend() == "gloo"
-    host = dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, host)
 
 

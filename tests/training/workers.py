@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,3 +52,25 @@ def replay(run: str, step: int) -> int:
     from meter_fast.replay import main
 
     return main([run, str(step)])
+
+
+def meet(folder: str, slow: int) -> int:
+    """Join the world and note when, in folder/RANK. Rank `slow` needs a second more, and notes when it was through."""
+    from torch import distributed as dist
+
+    from meter_fast.training import world
+
+    rank, join = int(os.environ["RANK"]), dist.init_process_group
+
+    def join_slowly(*arguments, **options):
+        join(*arguments, **options)
+        time.sleep(1)
+        Path(folder, str(rank)).write_text(str(time.monotonic()))
+
+    if rank == slow:
+        dist.init_process_group = join_slowly
+        world.start(60)
+    else:
+        world.start(60)
+        Path(folder, str(rank)).write_text(str(time.monotonic()))
+    return 0
