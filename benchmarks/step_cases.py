@@ -47,7 +47,8 @@ CASES = {
 @dataclass(frozen=True)
 class Plan:
     """One measurement. batch: pairs, questions, statements, or pictures with 16 texts. text_tokens: of an average text,
-    specials included; spread: how much shorter or longer the others are. world: processes, each with such a batch.
+    specials included; spread: how much shorter or longer the others are. checkpointing: parts of our model whose blocks
+    are computed again in backward. world: processes, each with such a batch.
 
     Raises ValueError for texts too short to mask or longer than the published padding, and for an odd batch of pairs.
     """
@@ -59,7 +60,7 @@ class Plan:
     zero: int = 2
     text_tokens: int = 13
     spread: int = SPREAD
-    checkpointing: bool = False
+    checkpointing: tuple[str, ...] = ()
     world: int = 1
 
     def __post_init__(self) -> None:
@@ -82,7 +83,10 @@ def configuration(plan: Plan, plain: bool = False, compiled: bool = False) -> Ru
     settings = ["run.max_epochs=0", "run.max_steps=1000", f"data.max_text_length={plan.longest}"]
     settings += [f"engine.micro_batch={plan.batch}", f"engine.global_batch={plan.batch * plan.world}"]
     settings += [f"engine.dtype={plan.dtype}", f"engine.zero={plan.zero}"]
-    settings += [f"engine.activation_checkpointing={plan.checkpointing and not plain}", f"engine.compile={compiled}"]
+    if plan.checkpointing and not plain:
+        parts = ",".join(plan.checkpointing)
+        settings += ["engine.activation_checkpointing=true", f"engine.checkpointed_parts={parts}"]
+    settings.append(f"engine.compile={compiled}")
     settings += [f"model.vision.image_size={plan.case.image_size}"]
     if plan.case.recipe == "vqa":
         settings.append(f"model.vqa_answers={ANSWERS}")

@@ -1,6 +1,6 @@
 """What do the exact savings give in a training step? Forward, backward and update, plain form against ours, in one run.
 
-    python -m benchmarks.step_time [--case pretrain_288 vqa_576_5] [--size base] [--batch 4] [--dtype bf16] [--rounds 3]
+    python -m benchmarks.step_time [--case pretrain_288 vqa_576_5] [--batch 4] [--dtype bf16 fp32] [--rounds 3]
     python -m benchmarks.step_time --variant eager compiled cuda_graphs --batch 32 --steps 20      # on a GPU
     python -m benchmarks.step_time --case vqa_576 --batch 2 --text-tokens 50 --checkpointing    # against the estimate
     python -m benchmarks.step_time --variant plain_kept eager --one-at-a-time --batch 12   # much memory
@@ -29,6 +29,7 @@ variant plain_kept is plain with that one thing, too. Metrics, of each side:
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -39,6 +40,7 @@ from benchmarks.apart import Apart, closing, rounds, rounds_one_at_a_time
 from benchmarks.record import append
 from benchmarks.step_cases import CASES, Plan
 from benchmarks.step_work import PLAIN, PLAIN_VARIANT, VARIANTS, make_step, make_yardstick, step_flops
+from meter_fast.models.config import PARTS
 
 CEILING = "matrix product"
 SAME_LOSS = {"fp32": 1e-4, "bf16": 3e-2}  # relative, without dropout
@@ -131,7 +133,8 @@ def show(case: str, metrics: dict[str, dict[str, float]]) -> None:
 def said(name: str, plan: Plan) -> str:
     """The case, in words."""
     words = f"{name} {plan.size} batch {plan.batch} {plan.dtype} zero {plan.zero} text {plan.text_tokens}"
-    return words + (" checkpointed" if plan.checkpointing else "")
+    parts = "" if plan.checkpointing == PARTS else f" {','.join(plan.checkpointing)}"
+    return words + (f" checkpointed{parts}" if plan.checkpointing else "")
 
 
 def main() -> None:
@@ -140,46 +143,45 @@ def main() -> None:
     parser.add_argument("--variant", choices=(*VARIANTS, *PLAIN[1:]), nargs="+", default=["eager"])
     parser.add_argument("--size", choices=("tiny", "base"), default="base")
     parser.add_argument("--batch", type=int, default=4, help="pairs, questions or statements; retrieval: with 16 texts")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["bf16"])
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), nargs="+", default=[2])
     parser.add_argument("--text-tokens", type=int, default=13, help="of an average text, specials included")
-    parser.add_argument("--checkpointing", action="store_true", help="ours keeps only each block's input")
+    parser.add_argument(
+        "--checkpointing", choices=PARTS, nargs="*", help="ours keeps only blocks' inputs; no part: of all"
+    )
     parser.add_argument("--flops-only", action="store_true", help="count, run nothing")
     parser.add_argument("--one-at-a-time", action="store_true", help="for sides that do not fit beside each other")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="of a round, of which the mean counts")
     arguments = parser.parse_args()
+    checkpointing = PARTS if arguments.checkpointing == [] else tuple(arguments.checkpointing or ())
     if "cuda_graphs" in arguments.variant and not torch.cuda.is_available():
         parser.error("--variant cuda_graphs needs a GPU: leave it out")
-    for name in arguments.case:
-        for zero in arguments.zero:
+    for name, dtype, zero in itertools.product(arguments.case, arguments.dtype, arguments.zero):
+        try:
+            plan = Plan(
+                CASES[name], arguments.size, arguments.batch, dtype, zero, arguments.text_tokens,
+                checkpointing=checkpointing,
+            )  # fmt: skip
+        except ValueError as error:
+            parser.error(str(error))
+        case = said(name, plan)
+        if arguments.flops_only:
+            metrics = count(plan)
+            plain, ours = (metrics[side]["flops_per_sample"] for side in (PLAIN_VARIANT, "eager"))
+            print(f"{case}: {plain / 1e9:.1f} GFLOP a sample plain, {ours / 1e9:.1f} ours, {plain / ours:.2f} x fewer")
+        else:
             try:
-                plan = Plan(
-                    CASES[name], arguments.size, arguments.batch, arguments.dtype, zero, arguments.text_tokens,
-                    checkpointing=arguments.checkpointing,
-                )  # fmt: skip
-            except ValueError as error:
-                parser.error(str(error))
-            case = said(name, plan)
-            if arguments.flops_only:
-                metrics = count(plan)
-                plain, ours = (metrics[side]["flops_per_sample"] for side in (PLAIN_VARIANT, "eager"))
-                print(f"{case}: {plain / 1e9:.1f} GFLOP a sample plain, {ours / 1e9:.1f} ours, "
-                      f"{plain / ours:.2f} x fewer")  # fmt: skip
-            else:
-                try:
-                    metrics = measure(
-                        plan, arguments.variant, arguments.rounds, arguments.steps, arguments.one_at_a_time
-                    )
-                except RuntimeError as error:
-                    raise SystemExit(f"{case}: {error}") from error
-                show(case, metrics)
-            rows = [
-                dict(case=case, variant=variant, metric=metric, value=value, unit=UNITS[metric])
-                for variant, one in metrics.items()
-                for metric, value in one.items()
-            ]
-            print(f"rows added to {append('step_time', rows)}", flush=True)
+                metrics = measure(plan, arguments.variant, arguments.rounds, arguments.steps, arguments.one_at_a_time)
+            except RuntimeError as error:
+                raise SystemExit(f"{case}: {error}") from error
+            show(case, metrics)
+        rows = [
+            dict(case=case, variant=variant, metric=metric, value=value, unit=UNITS[metric])
+            for variant, one in metrics.items()
+            for metric, value in one.items()
+        ]
+        print(f"rows added to {append('step_time', rows)}", flush=True)
 
 
 if __name__ == "__main__":

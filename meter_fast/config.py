@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.config import PARTS, BlocksOf, KernelsConfig, ModelConfig
 from meter_fast.models.image_tokenizer_config import ImageTokenizerConfig
 
 T = TypeVar("T")
@@ -99,6 +99,7 @@ class EngineConfig:
     micro_batch: int = 16  # pairs of one forward pass of one process
     offload: Literal["none", "cpu"] = "none"  # cpu: master weights and moments in host memory (zero 2 and 3)
     activation_checkpointing: bool = False
+    checkpointed_parts: tuple[BlocksOf, ...] = PARTS  # whose blocks activation_checkpointing computes again
     compile: bool = False
     ds_config: str = ""  # a DeepSpeed JSON file in place of the one that zero and offload choose
 
@@ -283,6 +284,8 @@ def check(config: RunConfig) -> None:
         (objectives.false_texts >= 1, "objectives.false_texts", objectives.false_texts, "1 or more"),
         (not engine.activation_checkpointing or "reconstruction" not in objectives.names,
          "engine.activation_checkpointing", "true", "an image tokenizer is small and trains without: use false"),
+        (engine.checkpointed_parts != (), "engine.checkpointed_parts", "",
+         f"some of {','.join(PARTS)}, or say engine.activation_checkpointing=false"),
         (run.log_every >= 1, "run.log_every", run.log_every, "1 or more"),
         (run.save_every >= 1, "run.save_every", run.save_every, "1 or more"),
         (run.keep_last >= 1, "run.keep_last", run.keep_last, "1 or more"),

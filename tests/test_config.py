@@ -64,6 +64,8 @@ def test_values_are_read_by_the_type_of_their_setting(text, value):
         ("optim.warmup=1.5", "share below 1"),
         ("engine.micro_batch=3", "must be even"),
         ("data.weights=1,2", "one weight for each of the 4 sources"),
+        ("engine.checkpointed_parts=", "some of vision,text,fusion,decoder"),
+        ("engine.checkpointed_parts=heads", "one of vision, text, fusion, decoder"),
         ("engine.offload=cpu", None),
     ],
 )

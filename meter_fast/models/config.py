@@ -4,9 +4,11 @@ Numbers of `base()` are those of the published METER-CLIP16-RoBERTa (paper, sect
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 FUSIONS = ("co_attention", "merged_attention")
+BlocksOf = Literal["vision", "text", "fusion", "decoder"]
+PARTS: tuple[BlocksOf, ...] = get_args(BlocksOf)  # of the model that are stacks of blocks
 
 
 def _check_heads(what: str, width: int, heads: int) -> None:

@@ -4,6 +4,7 @@ Shape letters: B pairs, N distinct pictures, L text tokens, V image tokens, D fu
 Source: Dou et al. 2022, "An Empirical Study of Training End-to-End Vision-and-Language Transformers", section 3.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from meter_fast.kernels.cross_attention.reference import attention_form
 from meter_fast.models.blocks import FeedForward
 from meter_fast.models.co_attention import CoAttention
-from meter_fast.models.config import KernelsConfig, ModelConfig
+from meter_fast.models.config import PARTS, KernelsConfig, ModelConfig
 from meter_fast.models.decoder import TextDecoder
 from meter_fast.models.fusion import Fused, Need, Part, spread_texts
 from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, RankHead, init_new_weights
@@ -168,16 +169,20 @@ class Meter(nn.Module):
             found.append(replace(one, text=None, image=None) if part.need is Need.CLS else one)
         return tuple(found)
 
-    def set_activation_checkpointing(self, on: bool) -> None:
-        """Trades memory for time: keep only each block's input and compute the block again in backward."""
-        self.vision.set_grad_checkpointing(on)
-        set_text_checkpointing(self.text, on)
-        self.fusion.activation_checkpointing = on
+    def set_activation_checkpointing(self, on: bool, parts: Collection[str] = PARTS) -> None:
+        """Trades memory for time: keep only each block's input and compute the block again in backward.
+
+        parts: those of PARTS whose blocks do so; the others, and all where `on` is False, keep what they need."""
+        chosen = {part: on and part in parts for part in PARTS}
+        self.vision.set_grad_checkpointing(chosen["vision"])
+        set_text_checkpointing(self.text, chosen["text"])
+        self.fusion.activation_checkpointing = chosen["fusion"]
         if self.decoder is not None:
-            self.decoder.activation_checkpointing = on
-        for module in self.modules():
-            if isinstance(module, FeedForward | RecomputedMlp):
-                module.keep_activation = on
+            self.decoder.activation_checkpointing = chosen["decoder"]
+        for part, again in chosen.items():
+            for module in (getattr(self, part) or nn.Module()).modules():
+                if isinstance(module, FeedForward | RecomputedMlp):
+                    module.keep_activation = again
 
     def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
         """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's), "blocked" or

@@ -60,7 +60,7 @@ def step_cost(config: RunConfig, tokens: int, capability: int) -> StepCost:
     try:
         forward = count_flops(lambda: module(batch, totals))
         both = count_flops(passes, backward=True)
-        module.model.set_activation_checkpointing(True)
+        module.model.set_activation_checkpointing(True, config.engine.checkpointed_parts)
         checkpointed = count_flops(passes, backward=True)
     except RuntimeError as error:
         raise NotTraced(" ".join(str(error).split())[:200]) from error

@@ -75,7 +75,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def trace_activations(config: RunConfig, checkpointing: bool, device: str | torch.device = "cpu") -> Activations:
-    """What the largest micro-batch of a run keeps on a device of this kind, with or without activation checkpointing.
+    """What the largest micro-batch of a run keeps on a device of this kind, with or without activation checkpointing
+    of the engine's parts.
 
     config: with the sizes that the data tell (vocabulary, answers). Texts are as long as data.max_text_length and not
     packed. Raises NotTraced where shapes depend on values, or there is no such device to ask what it would do.
@@ -83,7 +84,7 @@ def trace_activations(config: RunConfig, checkpointing: bool, device: str | torc
     if "reconstruction" in config.objectives.names:
         raise NotTraced("the shapes of an image tokenizer's statistics depend on its codes")
     module = module_without_values(config).to(DTYPES[config.engine.dtype])
-    module.model.set_activation_checkpointing(checkpointing)
+    module.model.set_activation_checkpointing(checkpointing, config.engine.checkpointed_parts)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _trace(module.to_empty(device=device).train(), config, device)

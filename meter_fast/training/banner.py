@@ -16,6 +16,7 @@ from meter_fast.data.cell_masking import CellMasking
 from meter_fast.data.images import ImageBackend
 from meter_fast.data.sources import Sources
 from meter_fast.kernels.varlen_attention import varlen_backend
+from meter_fast.models.config import PARTS
 from meter_fast.models.meter import Meter
 from meter_fast.models.text import can_pack
 from meter_fast.training.activations import NotTraced
@@ -164,7 +165,8 @@ def precision(config: RunConfig) -> str:
     if settings.offload == "cpu":
         parts.append("optimizer in host memory")
     if settings.activation_checkpointing:
-        parts.append("activation checkpointing")
+        some = settings.checkpointed_parts != PARTS
+        parts.append("activation checkpointing" + (f" of {', '.join(settings.checkpointed_parts)}" if some else ""))
     if settings.compile:
         parts.append("compiled blocks")
     return ", ".join(parts)

@@ -101,7 +101,7 @@ class Engine:
         self._bare_norm = config.engine.zero == 0 and self.dtype == torch.float32
         model = module.model
         if config.engine.activation_checkpointing:
-            model.set_activation_checkpointing(True)
+            model.set_activation_checkpointing(True, config.engine.checkpointed_parts)
         above = partial(layers_above, config=config.model)
         groups = parameter_groups(model.named_parameters(), config.optim, published_name, above)
         optimizer = AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)

@@ -10,6 +10,7 @@ from benchmarks.apart import Apart, Work, closing, rounds
 from benchmarks.step_cases import CASES, Plan, configuration, make_batch
 from benchmarks.step_time import CEILING, UNITS, _metrics, check, count, measure, said
 from benchmarks.step_work import PLAIN_VARIANT, largest_resident
+from meter_fast.models.config import PARTS
 
 KNOWN = {"plain": 600.0, "fast": 200.0, "estimated_peak": 7.0, "activations": 1.0, "state": 2.0}
 ROUNDS = [{"seconds": seconds, "loss": 1.5, "peak": peak} for seconds, peak in ((4.0, 5.0), (2.0, 9.0), (3.0, 6.0))]
@@ -80,8 +81,13 @@ def test_the_texts_are_as_long_as_said() -> None:
 
 
 def test_cases_are_told_apart() -> None:
-    plans = [Plan(CASES["vqa_576"]), Plan(CASES["vqa_576"], zero=3), Plan(CASES["vqa_576"], checkpointing=True)]
-    assert len({said("vqa_576", plan) for plan in plans}) == 3
+    plans = [
+        Plan(CASES["vqa_576"]),
+        Plan(CASES["vqa_576"], zero=3),
+        Plan(CASES["vqa_576"], checkpointing=PARTS),
+        Plan(CASES["vqa_576"], checkpointing=("vision",)),
+    ]
+    assert len({said("vqa_576", plan) for plan in plans}) == 4
 
 
 @pytest.mark.slow

@@ -84,5 +84,7 @@ def test_checkpointing_turns_it_off_and_on() -> None:
     assert {type(m).__name__ for m in feeds} == {"FeedForward", "RecomputedMlp"}
     model.set_activation_checkpointing(True)
     assert all(m.keep_activation for m in feeds)
+    model.set_activation_checkpointing(True, ("vision",))
+    assert [type(m).__name__ for m in feeds if m.keep_activation] == ["RecomputedMlp"] * len(model.vision.blocks)
     model.set_activation_checkpointing(False)
     assert not any(m.keep_activation for m in feeds)

@@ -116,6 +116,14 @@ def test_checkpointing_keeps_less_and_computes_a_block_again() -> None:
     assert blocks.batch == everything.batch
 
 
+def test_checkpointing_a_part_keeps_more_than_all_and_less_than_none() -> None:
+    config = configuration("questions")
+    config = replace(config, engine=replace(config.engine, checkpointed_parts=("vision",)))
+    everything, blocks = (traced("questions", "fp32", on) for on in (False, True))
+    assert blocks.kept < trace_activations(config, True).kept < everything.kept
+    assert trace_activations(config, False) == everything
+
+
 def test_parts_follow_zero_and_dtype() -> None:
     config = configuration("questions")
     task = task_of(config.objectives.names)
