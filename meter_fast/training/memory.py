@@ -26,7 +26,7 @@ from meter_fast.training.resume import expected_bytes
 from meter_fast.training.tasks import task_of
 
 REUSE_DISTANCE = 1_000_000_000  # numbers; DeepSpeed's default of stage3_max_reuse_distance
-FLATTENED = 12  # bytes a number: copies while all gradients are reduced at once; 10 to 13 were seen on two processes
+FLATTENED = 12  # bytes a number: copies of the gradients that are reduced at once; 10 to 13 were seen on two processes
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def memory_of(config: RunConfig, world_size: int, sizes: "Sizes", traced: Activa
     gathered = 0
     if zero == 3 and world_size > 1:
         gathered = everything if stays_gathered(settings, everything) else min(everything, bucket)
-    flattened = FLATTENED * trained if zero < 2 and world_size > 1 else 0
+    at_once = trained if zero else min(int(settings.get("reduce_bucket_size", trained)), trained)
+    flattened = FLATTENED * at_once if zero < 2 and world_size > 1 else 0
     return Memory(
         weights=everything * low // share(3),
         gradients=trained * summed // share(2),
