@@ -156,3 +156,23 @@ def compare(out: str, cases: list[dict]) -> int:
     if world.is_main:
         Path(out).write_text(json.dumps(results))
     return 0
+
+
+def unused(out: str) -> int:
+    """Three steps at stage 0 with a head that no micro-batch reaches; its weight before and after."""
+    world = worlds.start(60)
+    engine_config = EngineConfig(zero=0, dtype="fp32", global_batch=PAIRS, micro_batch=PAIRS // world.size)
+    config = replace(configuration(0.0), engine=engine_config)
+    torch.manual_seed(0)
+    model = Meter(replace(config.model, snli_head=True))
+    weight = max((p for name, p in model.named_parameters() if name.startswith("snli")), key=torch.numel)
+    before = weight.tolist()
+    engine = Engine(JointLoss(model), config, world, original_name)
+    for step in range(3):
+        first = world.rank * PAIRS // world.size
+        batch = batch_of(pairs_of(step)[first : first + PAIRS // world.size])
+        counts = counts_of(engine.objectives, [batch])
+        engine.step(step, [batch], dict(zip(counts, world.sum(list(counts.values())), strict=True)))
+    if world.is_main:
+        Path(out).write_text(json.dumps([before, weight.tolist()]))
+    return 0

@@ -26,9 +26,10 @@ OPERATIONS = ("all_reduce", "reduce", "all_gather", "all_gather_into_tensor", "r
 
 
 @contextmanager
-def sent(processes: int) -> Iterator[dict[str, int]]:
-    """Bytes of the whole tensors that DeepSpeed hands to its collectives, by kind."""
+def sent(processes: int) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Bytes of the whole tensors that DeepSpeed hands to its collectives, by kind: of all, and of the largest."""
     found: dict[str, int] = {}
+    largest: dict[str, int] = {}
     backend = communication.cdb
     originals = {name: getattr(backend, name) for name in OPERATIONS if hasattr(backend, name)}
 
@@ -38,6 +39,7 @@ def sent(processes: int) -> Iterator[dict[str, int]]:
             whole = first.nbytes * (processes if name == "reduce_scatter_tensor" else 1)
             kind = name.removesuffix("_tensor").removesuffix("_into")
             found[kind] = found.get(kind, 0) + whole
+            largest[kind] = max(largest.get(kind, 0), whole)
             return originals[name](*args, **kwargs)
 
         return call
@@ -45,7 +47,7 @@ def sent(processes: int) -> Iterator[dict[str, int]]:
     for name in originals:
         setattr(backend, name, counting(name))
     try:
-        yield found
+        yield found, largest
     finally:
         for name in originals:
             delattr(backend, name)
@@ -107,12 +109,13 @@ def look(out: str, cases: list[dict]) -> int:
             counts = dict(zip(counts, world.sum(list(counts.values())), strict=True))
             kept.clear()
             whole.clear()
-            with sent(world.size) as found:
+            with sent(world.size) as (found, largest):
                 engine.step(step, batches, counts)
         sizes = sizes_of(config)
         expected = memory_of(config, world.size, sizes, None)
         results.append({
-            **case, "sent": found, "kept": kept[0], "whole": whole, "numbers": sizes.trained,
+            **case, "sent": found, "largest": largest, "kept": kept[0], "whole": whole,
+            "numbers": sizes.trained, "tensor": max(sizes.tensors),
             "planned": [asdict(one) | {"total": one.total} for one in collectives(config, sizes, world.size)],
             "state": expected.state, "buckets": expected.buckets, "gathered": expected.gathered,
         })  # fmt: skip

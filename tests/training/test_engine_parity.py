@@ -4,6 +4,7 @@ import json
 from itertools import product
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +74,15 @@ def test_gradient_norms_agree(results):
         if result["clip"] == 0:
             limit = {"fp32": 1e-4, "bf16": 1e-1}[result["dtype"]]
             assert result["norms"] == pytest.approx(plain[: len(result["norms"])], rel=limit), result["zero"]
+
+
+def test_an_unused_head_decays_on_any_number_of_processes(ranks, tmp_path):
+    """As if its gradient were zero."""
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        ranks.run(world, tmp_path, "parity:unused", out=str(out), timeout=100).check()
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
+    before, after = (torch.tensor(weight) for weight in found[0])
+    assert 0.9 < (after.norm() / before.norm()).item() < 1 - 1e-6

@@ -10,8 +10,8 @@ pytestmark = pytest.mark.slow
 SMALL_BUCKETS = {"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}
 SPLIT = {"reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 0}
 CASES = [
-    {"zero": 0, "dtype": "fp32", "file": {}},
-    {"zero": 0, "dtype": "bf16", "file": {}},
+    {"zero": 0, "dtype": "fp32", "file": SMALL_BUCKETS},
+    {"zero": 0, "dtype": "bf16", "file": SMALL_BUCKETS},
     {"zero": 1, "dtype": "bf16", "file": SMALL_BUCKETS},
     {"zero": 2, "dtype": "bf16", "file": SMALL_BUCKETS},
     {"zero": 2, "dtype": "fp32", "file": SMALL_BUCKETS},
@@ -43,6 +43,22 @@ def test_bytes_of_collectives(results):
         assert planned.keys() <= result["sent"].keys(), result
         for kind, size in result["sent"].items():
             assert size == pytest.approx(planned[kind], rel=2e-3, abs=200), (result["zero"], result["dtype"], kind)
+
+
+def test_stage_0_reduces_in_buckets(results):
+    """A bucket is sent when the tensor that fills it is in."""
+    for result in results:
+        if result["zero"] == 0:
+            most = 4 * (SMALL_BUCKETS["reduce_bucket_size"] + result["tensor"])
+            assert SMALL_BUCKETS["reduce_bucket_size"] < result["largest"]["all_reduce"] <= most < 4 * result["numbers"]
+
+
+def test_a_process_alone_reduces_nothing_at_stage_0(ranks, tmp_path):
+    """What is left is the norm of the gradients."""
+    out = tmp_path / "results.json"
+    ranks.run(1, tmp_path, "plan_workers:look", out=str(out), cases=CASES[:2], timeout=200).check()
+    for result in json.loads(out.read_text()):
+        assert sum(result["sent"].values()) <= 200, result
 
 
 def test_weights_that_are_not_kept_are_gathered_for_each_pass(results):
