@@ -15,8 +15,8 @@ SPARE = 64 << 20  # bytes at the end of the heap: without them a few small block
 
 def keep_freed_memory() -> bool:
     """From now on this process keeps memory that it frees, and takes it again; what it holds never shrinks, and grows
-    for some steps until free blocks of every size lie ready. What is free already goes back first. Returns whether the C library knows how: glibc does. For
-    programs, not for a library to call: it is of the whole process."""
+    for some steps until free blocks of every size lie ready. What is free already goes back first. Returns
+    whether the C library knows how: glibc does. For programs, not for a library to call: it is of the whole process."""
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
