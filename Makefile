@@ -52,11 +52,20 @@ test-faults: $(INSTALLED)
 test-multinode: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multinode tests/training
 
+# The largest batches of which 24 GB hold the plain form: one side at a time, by itself.
+APART := --zero 0 --one-at-a-time --rounds 1
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.step_time --case pretrain_288 --batch 2
+	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_288 --dtype bf16 --batch 24
+	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_224 --dtype bf16 --batch 32
+	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_288 --dtype fp32 --batch 14
+	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_224 --dtype fp32 --batch 20
+	$(BIN)/python -m benchmarks.step_time $(APART) --case nlvr2_288 vqa_576 vqa_576_5 --batch 5
+	$(BIN)/python -m benchmarks.step_time --case retrieval_384 --size tiny --zero 0
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.retrieval
-	$(BIN)/python -m benchmarks.latency --size tiny
+	$(BIN)/python -m benchmarks.latency --task answer --image-size 576 --batch 1 --dtype bf16 fp32 --rounds 3
+	$(BIN)/python -m benchmarks.latency --task answer --image-size 576 --batch 5 --texts 5 --dtype bf16 fp32 --rounds 3
+	$(BIN)/python -m benchmarks.latency --size tiny --rounds 10
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.data_pipeline
 	$(BIN)/python -m benchmarks.plots

@@ -42,11 +42,12 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that the working tree stands on, with a plus sign if it has changes."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit that the working tree stands on, with a plus sign if it has changes beside new results."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    others = [".", f":!{RESULTS.relative_to(Path(__file__).parents[1])}"]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "--", *others], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.strip() + ("+" if dirty.strip() else "")
