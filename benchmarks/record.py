@@ -44,10 +44,10 @@ def processor() -> str:
 def commit() -> str:
     """The commit that the working tree stands on, with a plus sign if it has changes beside new results."""
     git = ["git", "-C", str(Path(__file__).parents[1])]
-    others = [".", f":!{RESULTS.relative_to(Path(__file__).parents[1])}"]
+    status = ["status", "--porcelain", "--", ".", ":!benchmarks/results"]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain", "--", *others], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, *status], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.strip() + ("+" if dirty.strip() else "")
