@@ -40,8 +40,8 @@ PRODUCTS = 8  # of which the fastest counts
 
 def make_step(plan: Plan, variant: str, steps: int = 1) -> Work:
     """An optimizer step by the real engine, one of `world` processes. Gives seconds of one of `steps` steps, the loss
-    of the last, and the largest memory of the steps so far, in bytes: of a GPU all of it, of a host what has come since
-    the start.
+    before the first of all, without dropout, and the largest memory of the steps so far, in bytes: of a GPU all of it,
+    of a host what has come since the start.
     """
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # scores in bf16 where all is; torch's default is fp32
     if variant == "cuda_graphs":
@@ -53,6 +53,7 @@ def make_step(plan: Plan, variant: str, steps: int = 1) -> Work:
     torch.manual_seed(0)
     engine, batch = _engine(config, world, plain), published_or_ours(plan, config, plain)
     counts = {name: float(count * plan.world) for name, count in counts_of(engine.objectives, [batch]).items()}
+    loss = _loss(engine, batch.to(world.device, engine.dtype))
     cuda, taken = world.device.type == "cuda", 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -75,16 +76,22 @@ def make_step(plan: Plan, variant: str, steps: int = 1) -> Work:
         begun = time.perf_counter()
         for _ in range(steps):
             record = step()
-        losses = record.read().losses
+        record.read()
         if cuda:
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - begun) / steps
         peak = torch.cuda.max_memory_allocated() if cuda else largest_resident() - before
         if cuda:
             torch.cuda.empty_cache()  # the other side gets the room
-        return {"seconds": seconds, "loss": sum(losses.values()), "peak": float(peak)}
+        return {"seconds": seconds, "loss": loss, "peak": float(peak)}
 
     return work
+
+
+def _loss(engine: Engine, batch: Batch) -> float:
+    """Of this process's batch, without dropout."""
+    with torch.no_grad():
+        return engine.evaluated().eval()(batch).loss.item()
 
 
 def _engine(config: RunConfig, world: worlds.World, plain: bool) -> Engine:
