@@ -41,9 +41,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
+def commit(root: Path = RESULTS.parents[1]) -> str:
     """The commit that the working tree stands on, with a plus sign if it has changes beside new results."""
-    git = ["git", "-C", str(Path(__file__).parents[1])]
+    git = ["git", "-C", str(root)]
     status = ["status", "--porcelain", "--", ".", ":!benchmarks/results"]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout

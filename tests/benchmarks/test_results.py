@@ -1,6 +1,7 @@
 """Rows written and read: which belong to one run, what is compared, and the pictures and tables made of them."""
 
 import csv
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,25 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert first.values == {"plain": {"time": 4.0}, "fast": {"time": 2.0}} and first.units == {"time": "ms"}
     assert again.values == {"plain": {"time": 40.0}, "fast": {"time": 20.0}}
     assert newest([first, other, again]) == [again, other]
+
+
+def test_a_commit_with_new_results_is_still_that_commit(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True).stdout
+
+    results, program = tmp_path / "benchmarks/results/some.csv", tmp_path / "benchmarks/some.py"
+    results.parent.mkdir(parents=True)
+    for path in (results, program):
+        path.write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "m")
+    name = git("rev-parse", "--short", "HEAD").strip()
+    results.write_text("2\n")
+    assert record.commit(tmp_path) == name
+    program.write_text("2\n")
+    assert record.commit(tmp_path) == name + "+"
 
 
 def test_other_commits_and_devices_are_other_runs(tmp_path: Path) -> None:
