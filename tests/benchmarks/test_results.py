@@ -2,6 +2,7 @@
 
 import csv
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,18 @@ STEP = Run("2026-01-01", "abc", "machine", "device", "step_time", "pretrain_288 
 def test_ratios_are_of_what_is_better_when_lower() -> None:
     assert ratios(STEP)["eager"] == {"flops_per_sample": 2.0, "time_per_step": 3.0, "peak_memory": 4.0}
     assert ratios(STEP)["matrix product"] == {}
+
+
+def test_what_was_timed_of_ours_is_drawn() -> None:
+    counted = Run("2026-01-02", "abc", "machine", "device", "step_time", "vqa", {
+        side: {"flops_per_sample": 1.0} for side in ("plain", "eager")}, STEP.units)  # fmt: skip
+    later = replace(STEP, date="2026-01-03", commit="def")
+    later = replace(later, values={**STEP.values, "plain_kept": STEP.values["plain"]})
+    drawn = plots.timed([STEP, counted, later])
+    assert [name.splitlines()[1] for name, _ in drawn] == [
+        "machine, device, 2026-01-03, def", "machine, device, 2026-01-01, abc",
+    ]  # fmt: skip
+    assert all(less["time_per_step"] == 3.0 for _, less in drawn)
 
 
 def test_table() -> None:
