@@ -224,6 +224,8 @@ MUTATIONS = (
              'return override(recipe(**arguments), [f"{k}={v}" for k, v in __import__("os").environ.items() '
              'if k.startswith("optim.")] + settings)',
              "training/test_hostile_files.py::test_the_environment_overrides_nothing"),
+    Mutation("the barrier after all have met", "meter_fast/training/world.py", "        dist.barrier(host)\n", "",
+             "training/test_world.py::test_nobody_goes_on_before_all_have_met"),
     Mutation("the restart, over a soak", RESTARTS, "            if code in FINAL:", "            if True:",
              "training/test_soak.py::test_two_thousand_steps_under_faults"),
 )  # fmt: skip

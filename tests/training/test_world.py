@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.scenario(38, "a process that ends at once does not take the meeting point from one that still comes")
 @pytest.mark.parametrize("slow", [0, 1])
 def test_nobody_goes_on_before_all_have_met(ranks, tmp_path, slow):
     """One that went on, found its input wrong and ended would leave the other without the place where they meet."""
