@@ -25,3 +25,21 @@ def faults(keep: bool) -> int:
 def test_freed_blocks_are_taken_again() -> None:
     assert faults(keep=False) > 100
     assert faults(keep=True) < 50
+
+
+BUILT = """
+from pathlib import Path
+from meter_fast.host_memory import keep_freed_memory
+blocks = [bytearray(1 << 16) for _ in range(4000)]
+blocks = blocks[::50]
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+before = resident()
+assert keep_freed_memory()
+print(before - resident())
+"""
+
+
+def test_what_building_left_free_goes_back() -> None:
+    """Pages of 256 MB less what is kept of it, which holds the freed pieces between in the heap."""
+    done = subprocess.run([sys.executable, "-c", BUILT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1000

@@ -13,7 +13,10 @@ from benchmarks.step_work import PLAIN_VARIANT, largest_resident
 from meter_fast.models.config import PARTS
 
 KNOWN = {"plain": 600.0, "fast": 200.0, "estimated_peak": 7.0, "activations": 1.0, "state": 2.0}
-ROUNDS = [{"seconds": seconds, "loss": 1.5, "peak": peak} for seconds, peak in ((4.0, 5.0), (2.0, 9.0), (3.0, 6.0))]
+ROUNDS = [
+    {"seconds": seconds, "loss": 1.5, "last_loss": 1.2, "peak": peak}
+    for seconds, peak in ((4.0, 5.0), (2.0, 9.0), (3.0, 6.0))
+]
 
 
 def make_witness() -> Work:
@@ -47,12 +50,17 @@ def test_numbers_of_a_side() -> None:
     ("fp32", math.nan, False),
 ])  # fmt: skip
 def test_sides_that_train_something_else_are_refused(dtype: str, ours: float, fine: bool) -> None:
-    plan, metrics = Plan(CASES["pretrain_224"], dtype=dtype), {"plain": {"loss": 2.0}, "eager": {"loss": ours}}
-    if fine:
-        check(metrics, plan, ["eager"])
-    else:
-        with pytest.raises(RuntimeError, match=r"plain 2, eager"):
+    for size, wrong in (("base", "loss"), ("tiny", "loss"), ("tiny", "last_loss")):
+        plain = {"loss": 2.0, "last_loss": 2.0}
+        plan, metrics = (
+            Plan(CASES["pretrain_224"], size, dtype=dtype),
+            {"plain": plain, "eager": {**plain, wrong: ours}},
+        )
+        if fine:
             check(metrics, plan, ["eager"])
+        else:
+            with pytest.raises(RuntimeError, match=rf"^{wrong} differs: plain 2, eager"):
+                check(metrics, plan, ["eager"])
 
 
 @pytest.mark.parametrize("name", ["pretrain_288", "vqa_576_5", "retrieval_384"])
