@@ -176,3 +176,14 @@ def unused(out: str) -> int:
     if world.is_main:
         Path(out).write_text(json.dumps([before, weight.tolist()]))
     return 0
+
+
+def checkpointed(out: str) -> int:
+    """An engine that is to compute the fusion's blocks again; which parts of its model do."""
+    world = worlds.start(60)
+    settings = {"activation_checkpointing": True, "checkpointed_parts": ("fusion",)}
+    engine_config = EngineConfig(zero=0, dtype="fp32", global_batch=PAIRS, micro_batch=PAIRS, **settings)
+    model = Meter(configuration(0.0).model)
+    Engine(JointLoss(model), replace(configuration(0.0), engine=engine_config), world, original_name)
+    Path(out).write_text(json.dumps([model.fusion.activation_checkpointing, model.vision.grad_checkpointing]))
+    return 0

@@ -86,3 +86,9 @@ def test_an_unused_head_decays_on_any_number_of_processes(ranks, tmp_path):
     assert found[0] == found[1]
     before, after = (torch.tensor(weight) for weight in found[0])
     assert 0.9 < (after.norm() / before.norm()).item() < 1 - 1e-6
+
+
+def test_the_engine_checkpoints_the_parts_that_are_named(ranks, tmp_path):
+    out = tmp_path / "parts.json"
+    ranks.run(1, tmp_path, "parity:checkpointed", out=str(out), timeout=100).check()
+    assert json.loads(out.read_text()) == [True, False]
