@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.plain import PLAIN, plain_caption, plain_scores
+from benchmarks.plain import PLAIN, plain_caption, plain_scores, without_savings
 from benchmarks.record import append
 from benchmarks.step_cases import SPREAD
 from benchmarks.step_work import PLAIN_VARIANT, VARIANTS
@@ -94,7 +94,7 @@ def make_sides(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer([" ".join(words())], Path(folder), sentinels=1)
     torch.manual_seed(0)
-    plain = Meter(config, kernels=PLAIN).eval().to(device, dtype)
+    plain = without_savings(Meter(config, kernels=PLAIN)).eval().to(device, dtype)
     answers = Answers(tuple(map(str, range(ANSWERS))))
     transform = image_transform("clip", vision.image_size)
     fast = {}

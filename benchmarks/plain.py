@@ -3,7 +3,8 @@ layers.
 
 The other side of every comparison, and the oracle of the tests of the exact savings. In training nothing is shared
 either: every objective encodes its pictures and texts anew, NLVR2 the statement for each picture, retrieval each
-picture for each of its texts; attention writes its scores out. Optimizer and engine are those of every run.
+picture for each of its texts; attention writes its scores out; autograd keeps every activation. Optimizer and engine
+are those of every run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, VqaBatch
-from meter_fast.models.blocks import ResidualNorm
+from meter_fast.models.blocks import FeedForward, ResidualNorm
 from meter_fast.models.config import PLAIN_KERNELS
 from meter_fast.models.meter import Meter
+from meter_fast.models.recomputed import RecomputedMlp
+from meter_fast.models.vision import QuickGELU
 from meter_fast.objectives.joint import counts_of
 from meter_fast.objectives.losses import Losses
 from meter_fast.objectives.vqa import answer_scores
@@ -35,11 +38,8 @@ class PlainLoss(nn.Module):
 
     def __init__(self, model: Meter, objectives: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model = without_savings(model)
         self.objectives = tuple(objectives)
-        for module in model.modules():
-            if isinstance(module, ResidualNorm):
-                module.forward = partial(_residual_norm, module)
 
     def forward(self, batch: Batch, totals: Mapping[str, float] | None = None) -> Losses:
         """totals: what summed losses are divided by, by objective; without them, means are over the batch itself."""
@@ -50,6 +50,23 @@ class PlainLoss(nn.Module):
         metrics = {name: (right, right.new_full((), counts[name])) for name, (_, right) in told.items()}
         parts = {name: value.detach() for name, value in losses.items()}
         return Losses(torch.stack(list(losses.values())).sum(), parts, metrics)
+
+
+def without_savings(model: Meter) -> Meter:
+    """The same model, changed: its modules compute as the published ones do, in torch's operators, and keep what those
+    keep for backward."""
+    for module in model.modules():
+        if isinstance(module, ResidualNorm):
+            module.forward = partial(_residual_norm, module)
+        elif isinstance(module, QuickGELU):
+            module.forward = _quick_gelu
+        elif isinstance(module, FeedForward | RecomputedMlp):
+            module.keep_activation = True
+    return model
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
 def _residual_norm(norm: ResidualNorm, x: Tensor, bias: None, residual: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.plain import PLAIN, plain_match_scores
+from benchmarks.plain import PLAIN, plain_match_scores, without_savings
 from benchmarks.record import append
 from meter_fast.flops import count_flops
 from meter_fast.models import config as models
@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace, config: models.ModelConfig, case: str
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     torch.manual_seed(0)
-    plain = Meter(config, kernels=PLAIN).to(device, dtype).eval()
+    plain = without_savings(Meter(config, kernels=PLAIN)).to(device, dtype).eval()
     ours = Meter(config).to(device, dtype).eval()
     ours.load_state_dict(plain.state_dict())
     ids, pixels = captions(config, arguments.texts, spread=2), images(config, arguments.pictures).to(device, dtype)

@@ -1,5 +1,6 @@
 """Steps without savings against ours, for every training task, and that the batches of both are what they say."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from golden_cases import TOLERANCE, relative
 from torch import Tensor
 
-from benchmarks.plain import PLAIN, PlainLoss, as_published, plain_match_scores, plain_scores
+from benchmarks.plain import PLAIN, PlainLoss, as_published, plain_match_scores, plain_scores, without_savings
 from benchmarks.step_cases import CASES, Case, Plan, configuration, make_batch
 from meter_fast.data.batch import Batch, PretrainBatch
 from meter_fast.models.meter import Meter
@@ -25,7 +26,8 @@ def plan_of(name: str) -> Plan:
     return Plan(replace(case, image_size=case.image_size // 3 // 32 * 32), "tiny", batch=6, dtype="fp32")
 
 
-def both(plan: Plan) -> tuple[Meter, dict[str, tuple[torch.nn.Module, Batch]]]:
+def both(plan: Plan) -> dict[str, tuple[torch.nn.Module, Batch]]:
+    """Two models of the same weights, each in its loss."""
     config = configuration(plan)
     torch.manual_seed(3)
     model = Meter(config.model)
@@ -35,12 +37,13 @@ def both(plan: Plan) -> tuple[Meter, dict[str, tuple[torch.nn.Module, Batch]]]:
     batch = make_batch(plan, config)
     ours = joint_loss(model, config)
     longer = as_published(batch, plan.case.padded, config.model.text.pad_id)
-    return model, {"fast": (ours, batch), "plain": (PlainLoss(model, config.objectives.names), longer)}
+    plain = PlainLoss(deepcopy(model), config.objectives.names)
+    return {"fast": (ours, batch), "plain": (plain, longer)}
 
 
-def told(model: Meter, module: torch.nn.Module, batch: Batch) -> tuple[Losses, dict[str, Tensor], dict[str, Tensor]]:
+def told(module: torch.nn.Module, batch: Batch) -> tuple[Losses, dict[str, Tensor], dict[str, Tensor]]:
     """Losses, what the heads said and all gradients."""
-    said: dict[str, Tensor] = {}
+    model, said = module.model, {}
     heads = [(name, part) for name, part in model.named_children() if name.endswith("_head") and name != "mlm_head"]
     hooks = [
         part.register_forward_hook(lambda _m, _i, out, name=name: said.update({name: out})) for name, part in heads
@@ -56,8 +59,8 @@ def told(model: Meter, module: torch.nn.Module, batch: Batch) -> tuple[Losses, d
 @pytest.mark.parametrize("name", CASES)
 def test_plain_and_fast_give_the_same(name: str) -> None:
     """Outputs, losses, what was right, and all gradients, in fp32."""
-    model, sides = both(plan_of(name))
-    (fast, our_said, our_grads), (plain, said, grads) = (told(model, *sides[side]) for side in ("fast", "plain"))
+    sides = both(plan_of(name))
+    (fast, our_said, our_grads), (plain, said, grads) = (told(*sides[side]) for side in ("fast", "plain"))
     assert fast.parts.keys() == plain.parts.keys()
     for part, value in plain.parts.items():
         assert fast.parts[part].item() == pytest.approx(value.item(), rel=TOLERANCE), part
@@ -75,18 +78,19 @@ def test_plain_and_fast_give_the_same(name: str) -> None:
 def test_nothing_is_shared(name: str) -> None:
     """How many pictures and texts the encoders of both see, and where words are scored."""
     plan = plan_of(name)
-    model, sides = both(plan)
+    sides = both(plan)
     config, rows, seen = configuration(plan), {}, {}
-    model.vision.register_forward_pre_hook(lambda _m, given: rows.setdefault("pictures", []).append(len(given[0])))
-    model.fusion.layers[-1].text.feed_forward.register_forward_pre_hook(
-        lambda _m, given: rows.setdefault("texts", []).append(tuple(given[0].shape[:2]))
-    )
-    if model.mlm_head is not None:
-        model.mlm_head.register_forward_pre_hook(
-            lambda _m, given: rows.setdefault("words", []).append(given[0].shape[:-1].numel())
-        )
     for side, (module, batch) in sides.items():
         rows.clear()
+        model = module.model
+        model.vision.register_forward_pre_hook(lambda _m, given: rows.setdefault("pictures", []).append(len(given[0])))
+        model.fusion.layers[-1].text.feed_forward.register_forward_pre_hook(
+            lambda _m, given: rows.setdefault("texts", []).append(tuple(given[0].shape[:2]))
+        )
+        if model.mlm_head is not None:
+            model.mlm_head.register_forward_pre_hook(
+                lambda _m, given: rows.setdefault("words", []).append(given[0].shape[:-1].numel())
+            )
         module(batch)
         seen[side] = {key: sum(found) if key != "texts" else found for key, found in rows.items()}
     count, length = plan.batch, plan.case.padded
@@ -107,7 +111,7 @@ def test_nothing_is_shared(name: str) -> None:
 def test_attention_writes_its_scores_out() -> None:
     """No operator of a plain step is torch's fused attention, long as the picture's sequence is."""
     plan = Plan(Case("vqa", 384), "tiny", batch=2, dtype="fp32")
-    _, sides = both(plan)
+    sides = both(plan)
     called = {}
     for side, (module, batch) in sides.items():
         with torch.profiler.profile() as profile:
@@ -115,6 +119,33 @@ def test_attention_writes_its_scores_out() -> None:
         called[side] = {event.key for event in profile.key_averages()}
     assert any("flash_attention" in name for name in called["fast"])
     assert not any("flash_attention" in name or "efficient_attention" in name for name in called["plain"])
+
+
+def test_activations_are_kept() -> None:
+    """Of 4 D values a token, a picture's block keeps x, sigmoid(1.702 x) and their product, a fusion layer x and
+    gelu(x)."""
+    config = configuration(Plan(CASES["pretrain_224"], "tiny", batch=2, dtype="fp32")).model
+    row = 4 * 5 * 4 * config.vision.width
+    assert _wide_bytes(without_savings(Meter(config, kernels=PLAIN))) == {"vision": 3 * row, "fusion": 2 * row}
+
+
+def _wide_bytes(model: Meter) -> dict[str, int]:
+    """Bytes of tensors of 5 tokens, 4 D wide, that torch itself keeps for backward of one feed-forward network."""
+    networks = {"vision": model.vision.blocks[0].mlp, "fusion": model.fusion.layers[0].image.feed_forward}
+    width = model.config.vision.width
+    found = {}
+    for name, network in networks.items():
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            if tensor.shape == (5, 4 * width):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(torch.randn(5, width, requires_grad=True))
+        found[name] = sum(kept.values())
+    return found
 
 
 def test_plain_predictions_write_their_scores_out() -> None:
@@ -152,7 +183,7 @@ def test_the_published_batch(name: str) -> None:
 def test_totals_divide_a_step() -> None:
     """Losses are divided by what the step holds, as ours are."""
     plan = plan_of("pretrain_224")
-    _, sides = both(plan)
+    sides = both(plan)
     (fast, batch), (plain, longer) = sides["fast"], sides["plain"]
     totals = {name: 2.0 * count for name, count in counts_of(fast.objectives, [batch]).items()}
     assert plain(longer, totals).loss.item() == pytest.approx(fast(batch, totals).loss.item(), rel=TOLERANCE)
