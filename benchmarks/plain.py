@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, VqaBatch
-from meter_fast.models.blocks import FeedForward, ResidualNorm
+from meter_fast.models.blocks import ResidualNorm
 from meter_fast.models.config import PLAIN_KERNELS
 from meter_fast.models.meter import Meter
-from meter_fast.models.recomputed import RecomputedMlp
 from meter_fast.models.vision import QuickGELU
 from meter_fast.objectives.joint import counts_of
 from meter_fast.objectives.losses import Losses
@@ -60,8 +59,7 @@ def without_savings(model: Meter) -> Meter:
             module.forward = partial(_residual_norm, module)
         elif isinstance(module, QuickGELU):
             module.forward = _quick_gelu
-        elif isinstance(module, FeedForward | RecomputedMlp):
-            module.keep_activation = True
+    model.keep_activations()
     return model
 
 

@@ -3,8 +3,6 @@
 Shape letters: P pairs, T and U tokens, H heads, D fusion width. Source: Vaswani et al. 2017, section 3; as in BERT.
 """
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +12,7 @@ from meter_fast.kernels.gelu.op import bias_gelu
 from meter_fast.kernels.residual_norm.op import residual_norm
 from meter_fast.models.config import FusionConfig, KernelsConfig
 from meter_fast.models.heads import LAYER_NORM_EPS
-from meter_fast.models.recomputed import activated
+from meter_fast.models.recomputed import RecomputedNorm, recomputable
 from meter_fast.models.sides import Side, attend_within, split_heads
 
 
@@ -40,8 +38,9 @@ class Projection(nn.Linear):
         return (F.linear(x, self.weight), self.bias) if self.apart else (super().forward(x), None)
 
 
-class ResidualNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x + bias)), in one kernel or in torch's operators."""
+class ResidualNorm(RecomputedNorm):
+    """LayerNorm(residual + dropout(x + bias)), in one kernel, or in torch's operators, of which backward keeps the sum
+    alone."""
 
     def __init__(self, config: FusionConfig, kernel: str) -> None:
         super().__init__(config.width, eps=LAYER_NORM_EPS)
@@ -88,11 +87,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """LayerNorm(x + W_2 gelu(W_1 x)), 4 x wide.
-
-    keep_activation: for a layer that is a checkpoint itself: nothing may hold its tensors."""
-
-    keep_activation = False
+    """LayerNorm(x + W_2 gelu(W_1 x)), 4 x wide."""
 
     def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
@@ -102,5 +97,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, bias = self.up(x)
-        activation = F.gelu if bias is None else partial(bias_gelu, bias=bias)
-        return self.norm(*activated(self.down, activation, up, self.keep_activation), x)
+        if bias is None:
+            hidden = recomputable(F.gelu(up), F.gelu, up)
+        else:
+            hidden = recomputable(bias_gelu(up, bias), bias_gelu, up, bias)
+        return self.norm(*self.down(hidden), x)

@@ -6,12 +6,12 @@ Source: Dou et al. 2022, "An Empirical Study of Training End-to-End Vision-and-L
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from meter_fast.kernels.cross_attention.reference import attention_form
-from meter_fast.models.blocks import FeedForward
 from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import PARTS, KernelsConfig, ModelConfig
 from meter_fast.models.decoder import TextDecoder
@@ -19,7 +19,7 @@ from meter_fast.models.fusion import Fused, Need, Part, spread_texts
 from meter_fast.models.heads import AnswerHead, Decoder, ItmHead, MimInBatchHead, MlmHead, RankHead, init_new_weights
 from meter_fast.models.merged_attention import MergedAttention
 from meter_fast.models.packing import Packing
-from meter_fast.models.recomputed import RecomputedMlp
+from meter_fast.models.recomputed import recomputing
 from meter_fast.models.text import build_text, can_pack, encode_packed, encode_padded, set_text_checkpointing
 from meter_fast.models.text_families import FAMILIES
 from meter_fast.models.vision import build_vision
@@ -79,6 +79,7 @@ class Meter(nn.Module):
         for encoder, given in ((self.vision, config.vision.weights), (self.text, config.text.weights)):
             if given is None:
                 init_new_weights(encoder, config.init_std)
+        self._recomputed = frozenset(PARTS)
         self.weight_reports: list[WeightsReport] = []
         if load_weights and config.vision.weights is not None:
             self.weight_reports.append(load_vision_weights(self.vision, config.vision))
@@ -87,7 +88,8 @@ class Meter(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [N,3,H,W] normalised, in the model's dtype -> [N,V,D_vision], class tokens, if any, first."""
-        return self.vision(images)
+        with recomputing("vision" in self._recomputed):
+            return self.vision(images)
 
     def encode_text(self, ids: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
         """ids [B,L] int64, mask [B,L] bool (True: a token, before all padding) -> [B,L,D_text].
@@ -123,7 +125,7 @@ class Meter(nn.Module):
             raise ValueError(f"{text.shape[0]} texts and {image.shape[0]} pictures: give one picture for each text")
         parts = (Part(need, text.shape[0], image_type=image_type),)
         if attention:  # the weights are those of padded texts
-            fused = self.fusion(text, image, text_mask, self._of_fusion(parts), attention)
+            fused = self._fuse(text, image, text_mask, parts, with_attention=True)
             return self._classified(fused, text_mask, parts)[0]
         return self.fuse_parts(text, image, text_mask, parts)[0]
 
@@ -149,14 +151,23 @@ class Meter(nn.Module):
             packings = None
         elif packings is None:
             packings = tuple(Packing.of(mask) for mask in masks.split([part.pairs for part in parts]))
-        fused = self.fusion(text, image, text_mask, self._of_fusion(parts), packings=packings)
+        fused = self._fuse(text, image, text_mask, parts, packings=packings)
         return self._classified(fused, masks, parts)
 
-    def _of_fusion(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        """What the fusion is asked for: the decoder's class token reads all rows of both sides."""
-        if self.decoder is None:
-            return parts
-        return tuple(replace(part, need=Need.BOTH) if part.need in (Need.CLS, Need.ALL) else part for part in parts)
+    def decode(self, ids: Tensor, text: Tensor, image: Tensor, text_mask: Tensor, lengths: Tensor | None) -> Tensor:
+        """What the decoder makes of all tokens at once: see `TextDecoder.forward`."""
+        with recomputing("decoder" in self._recomputed):
+            return self.decoder(ids, text, image, text_mask, lengths)
+
+    def _fuse(
+        self, text: Tensor, image: Tensor, text_mask: Tensor, parts: tuple[Part, ...], **options: Any
+    ) -> tuple[Fused, ...]:
+        """Without the decoder, whose class token reads all rows of both sides."""
+        if self.decoder is not None:
+            wide = (Need.CLS, Need.ALL)
+            parts = tuple(replace(part, need=Need.BOTH) if part.need in wide else part for part in parts)
+        with recomputing("fusion" in self._recomputed):
+            return self.fusion(text, image, text_mask, parts, **options)
 
     def _classified(self, fused: tuple[Fused, ...], text_mask: Tensor, parts: tuple[Part, ...]) -> tuple[Fused, ...]:
         """With the decoder's cls where one is needed; without the rows that only it has read."""
@@ -165,24 +176,27 @@ class Meter(nn.Module):
         found = []
         for one, mask, part in zip(fused, text_mask.split([part.pairs for part in parts]), parts, strict=True):
             if part.need in (Need.CLS, Need.ALL):
-                one = replace(one, cls=self.decoder.classify(one.text, one.image, mask))
+                with recomputing("decoder" in self._recomputed):
+                    one = replace(one, cls=self.decoder.classify(one.text, one.image, mask))
             found.append(replace(one, text=None, image=None) if part.need is Need.CLS else one)
         return tuple(found)
 
     def set_activation_checkpointing(self, on: bool, parts: Collection[str] = PARTS) -> None:
         """Trades memory for time: keep only each block's input and compute the block again in backward.
 
-        parts: those of PARTS whose blocks do so; the others, and all where `on` is False, keep what they need."""
+        parts: those of PARTS whose blocks do so; the others, and all where `on` is False, keep what they need but for
+        what is `recomputable`."""
         chosen = {part: on and part in parts for part in PARTS}
         self.vision.set_grad_checkpointing(chosen["vision"])
         set_text_checkpointing(self.text, chosen["text"])
         self.fusion.activation_checkpointing = chosen["fusion"]
         if self.decoder is not None:
             self.decoder.activation_checkpointing = chosen["decoder"]
-        for part, again in chosen.items():
-            for module in (getattr(self, part) or nn.Module()).modules():
-                if isinstance(module, FeedForward | RecomputedMlp):
-                    module.keep_activation = again
+        self._recomputed = frozenset(part for part, again in chosen.items() if not again)
+
+    def keep_activations(self) -> None:
+        """Nothing is `recomputable` any more: for blocks that a compiler changes."""
+        self._recomputed = frozenset()
 
     def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
         """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's), "blocked" or

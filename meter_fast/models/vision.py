@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meter_fast.models.attention_layer import SelfAttention
 from meter_fast.models.config import VisionConfig
-from meter_fast.models.recomputed import RecomputedMlp
+from meter_fast.models.recomputed import RecomputedMlp, RecomputedNorm
 from meter_fast.models.vision_encoders import build_timm_encoder
 
 LAYER_NORM_EPS = 1e-5
@@ -60,7 +60,7 @@ def build_clip_vit(config: VisionConfig) -> VisionTransformer:
         depth=config.layers,
         num_heads=config.heads,
         pre_norm=True,
-        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+        norm_layer=partial(RecomputedNorm, eps=LAYER_NORM_EPS),
         act_layer=QuickGELU,
         drop_path_rate=config.drop_path,
         attn_layer=SelfAttention,

@@ -22,7 +22,7 @@ def loss(model: Meter, fused: Fused, texts: TextToText, total: float) -> tuple[T
     """Summed cross-entropy / total, float32 scalar; tokens written correctly, sentinels and ends too, int64 scalar."""
     text = fused.text[:, : texts.mask.shape[1]]  # longer where another objective's texts are
     inputs = model.decoder.inputs(texts.targets)
-    written = model.decoder(inputs, text, fused.image, texts.mask, texts.lengths)
+    written = model.decode(inputs, text, fused.image, texts.mask, texts.lengths)
     rows = written.flatten(0, 1).index_select(0, texts.rows)
     summed, correct = model.lm_head(rows, texts.targets.flatten().index_select(0, texts.rows))
     return summed / total, correct

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import meter_fast
 from meter_fast.config import ConfigError, RunConfig
 from meter_fast.data.batch import Batch
+from meter_fast.models.meter import Meter
 from meter_fast.objectives.joint import Losses, shares
 from meter_fast.training.layer_decay import layers_above
 from meter_fast.training.optimizer import AdamW, Schedule, parameter_groups, shown_rates
@@ -227,11 +228,12 @@ def gradient_norm(parameters) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
-def compile_blocks(model: nn.Module, mode: str = "default") -> None:
+def compile_blocks(model: Meter, mode: str = "default") -> None:
     """torch.compile every repeated block in place, one small graph for all of a kind; names of parameters stay.
 
     mode: of torch.compile.
     """
+    model.keep_activations()
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for block in module:

@@ -1,15 +1,18 @@
-"""Activations that are computed again: the same numbers, bit for bit, and fewer tensors that are kept."""
+"""Activations and norms that are computed again: the same numbers, bit for bit, and fewer tensors that are kept."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from meter_fast.kernels.gelu.op import bias_gelu
+from meter_fast.kernels.launch import is_interpreted
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
-from meter_fast.models.config import tiny
+from meter_fast.models.config import PARTS, tiny
 from meter_fast.models.meter import Meter
-from meter_fast.models.recomputed import RecomputedMlp, activated
+from meter_fast.models.recomputed import RecomputedMlp, RecomputedNorm, recomputable, recomputing
 from meter_fast.models.vision import QuickGELU
 
 
@@ -26,35 +29,85 @@ def kept_bytes(work) -> tuple[Tensor, int]:
     return result, sum(kept.values())
 
 
-@pytest.mark.parametrize("activation", [F.gelu, QuickGELU()], ids=["gelu", "quick"])
+BIAS = torch.linspace(-1, 1, 16)
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: recomputable(F.gelu(x), F.gelu, x),
+    "quick": lambda x: recomputable(QuickGELU()(x), QuickGELU(), x),
+    "bias": lambda x: recomputable(bias_gelu(x, BIAS), bias_gelu, x, BIAS),
+    "norm": RecomputedNorm(16),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16)])
-def test_same_bits(activation, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """With two readers, of which one reads a view."""
     torch.manual_seed(0)
-    linear, x = nn.Linear(16, 4), torch.randn(shape, requires_grad=True)
-    results = []
-    for keep in (True, False):
-        out = activated(linear, activation, x * 2, keep)
-        results.append((out, *torch.autograd.grad(out.sin().sum(), (x, linear.weight, linear.bias))))
+    linear, x = nn.Linear(16, 4).to(dtype), torch.randn(shape, dtype=dtype, requires_grad=True)
+    function = FUNCTIONS[name].to(dtype) if name == "norm" else FUNCTIONS[name]
+    results, kept = [], []
+    for on in (False, True):
+        with recomputing(on):
+            hidden = function(x * 2)
+            place = StorageWeakRef(hidden.untyped_storage())
+            out = linear(hidden).sum() + linear(hidden.flatten(0, -2)).sin().sum()
+        del hidden
+        kept.append(not place.expired())
+        results.append((out, *torch.autograd.grad(out, (x, linear.weight, linear.bias))))
+    assert kept == [True, name == "bias" and is_interpreted()]  # the interpreter holds on to what it was given last
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_activation_is_not_kept() -> None:
-    """Live tensors after the forward pass, as hooks of ours stand between those of a test and autograd."""
-    linear = nn.Linear(64, 4)
-    x = torch.randn(1000, 64, requires_grad=True)
-    made: list = []
+def test_weights_may_be_gone_in_backward() -> None:
+    """As ZeRO-3 takes them away between the passes; backward of the norm itself finds them again."""
+    norm, linear, x = RecomputedNorm(8), nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    with torch.no_grad():
+        norm.weight.uniform_(), norm.bias.uniform_()
+    (expected,) = torch.autograd.grad(linear(norm(x)).sin().sum(), linear.weight)
+    with recomputing():
+        loss = linear(norm(x)).sin().sum()
+    norm.weight.data = norm.bias.data = torch.empty(0)
+    (found,) = torch.autograd.grad(loss, linear.weight)
+    assert torch.equal(found, expected)
 
-    def activation(up: Tensor) -> Tensor:
-        hidden = F.gelu(up)
-        made.append(StorageWeakRef(hidden.untyped_storage()))
-        return hidden
 
-    out = activated(linear, activation, x, keep=False)
-    assert made[0].expired()
-    out.sum().backward()
-    assert len(made) == 2  # and made again
-    kept = activated(linear, activation, x, keep=True)
-    assert not made[2].expired() and kept.requires_grad
+def test_what_is_kept_all_the_same() -> None:
+    """Part of what was computed or another order of it, where autocast is on, under no scope, and where the inner scope
+    of two is off."""
+    x, linear = torch.randn(6, 16, requires_grad=True), nn.Linear(16, 4)
+
+    def is_kept(use: Callable[[Tensor], Tensor]) -> bool:
+        hidden = FUNCTIONS["gelu"](x)
+        place, out = StorageWeakRef(hidden.untyped_storage()), use(hidden)
+        del hidden
+        return not place.expired() and out.requires_grad
+
+    assert is_kept(linear)
+    with recomputing():
+        assert not is_kept(linear)
+        assert is_kept(lambda hidden: hidden[1:] * hidden[:-1])
+        assert is_kept(lambda hidden: hidden.t() * hidden.t())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_kept(lambda hidden: hidden * hidden)
+    with torch.no_grad(), recomputing():
+        assert not linear(FUNCTIONS["gelu"](x)).requires_grad
+    with recomputing(False):
+        assert is_kept(linear)
+
+
+def test_another_tensor_in_the_same_place() -> None:
+    """Of the same size, after the first one is gone: it is kept as it is."""
+    x, linear = torch.randn(64, 64, requires_grad=True), nn.Linear(64, 64)
+    with recomputing():
+        for _ in range(20):
+            hidden = recomputable(F.gelu(x), F.gelu, x)
+            del hidden
+            other = x * 3
+            out = linear(other)
+            del other
+            (found,) = torch.autograd.grad(out.sum(), linear.weight)
+            torch.testing.assert_close(found, (3 * x).sum(0).expand_as(found))
 
 
 def test_quick_gelu_keeps_its_input_alone() -> None:
@@ -67,24 +120,49 @@ def test_quick_gelu_keeps_its_input_alone() -> None:
     assert torch.allclose(ours, theirs, rtol=1e-13)
 
 
-def test_a_checkpoint_holds_nothing_of_its_block() -> None:
-    """With `keep`, as a model under checkpointing sets it."""
-    mlp, refs = RecomputedMlp(8, 32), []
-    mlp.keep_activation = True
-    mlp.fc1.register_forward_hook(lambda module, inputs, out: refs.append(StorageWeakRef(out.untyped_storage())))
-    x = torch.randn(10, 8, requires_grad=True)
-    out = checkpoint(mlp, x, use_reentrant=False)
-    assert refs[0].expired()
-    out.sum().backward()
-
-
-def test_checkpointing_turns_it_off_and_on() -> None:
-    model = Meter(tiny(), load_weights=False)
-    feeds = [m for m in model.modules() if hasattr(m, "keep_activation")]
-    assert {type(m).__name__ for m in feeds} == {"FeedForward", "RecomputedMlp"}
+@pytest.mark.parametrize("part", ["vision", "fusion"])
+def test_checkpointing_and_compilers_turn_it_off(part: str) -> None:
+    """What a model under training computes again, by part: the parts that are no checkpoints."""
+    model = Meter(tiny(), load_weights=False).train()
+    assert recomputed(model) == {"vision", "fusion"}
     model.set_activation_checkpointing(True)
-    assert all(m.keep_activation for m in feeds)
-    model.set_activation_checkpointing(True, ("vision",))
-    assert [type(m).__name__ for m in feeds if m.keep_activation] == ["RecomputedMlp"] * len(model.vision.blocks)
+    assert recomputed(model) == set()
+    model.set_activation_checkpointing(True, (part,))
+    assert recomputed(model) == {"vision", "fusion"} - {part}
     model.set_activation_checkpointing(False)
-    assert not any(m.keep_activation for m in feeds)
+    assert recomputed(model) == {"vision", "fusion"}
+    model.keep_activations()
+    assert recomputed(model) == set()
+
+
+def recomputed(model: Meter) -> set[str]:
+    """Parts of the model with norms that run again in backward, though they are called in forward alone."""
+    parts = {module: part for part in PARTS for module in (getattr(model, part) or nn.Module()).modules()}
+    found: set[str] = set()
+    again = RecomputedNorm._again
+
+    def watched(norm: RecomputedNorm, *inputs: Tensor) -> Tensor:
+        found.add(parts[norm])
+        return again(norm, *inputs)
+
+    side, mask = model.config.vision.image_size, torch.ones(2, 5, dtype=torch.bool)
+    RecomputedNorm._again = watched
+    try:
+        text, image = model.encode_text(torch.full((2, 5), 7), mask), model.encode_image(torch.randn(2, 3, side, side))
+        model.fuse(text, image, mask).cls.sum().backward()
+    finally:
+        RecomputedNorm._again = again
+    return found
+
+
+def test_a_step_keeps_less() -> None:
+    """Of a feed-forward network's and its norm's outputs, backward keeps the inputs alone."""
+    mlp, norm, x = RecomputedMlp(64, 256), RecomputedNorm(64), torch.randn(10, 64, requires_grad=True)
+    made: list[StorageWeakRef] = []
+    for module in (norm, mlp.fc1, mlp.act):
+        module.register_forward_hook(lambda _m, _i, out: made.append(StorageWeakRef(out.untyped_storage())))
+    with recomputing():
+        out = mlp(norm(x))
+    assert [place.expired() for place in made] == [True, False, True]
+    out.sum().backward()
+    assert x.grad.isfinite().all()
