@@ -15,19 +15,28 @@ from .blocked import blocked_attention
 
 # On a CPU the plain form is the faster one up to this many scores per head (2 cores with AVX-512, torch 2.14).
 PLAIN_UP_TO = 64 * 64
+MATRIX_UNITS = bool(
+    getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+)  # older versions of torch are silent
 
 
-def attention_form(device_type: str, queries: int, keys: int, bf16_training: bool, dropout: float) -> str:
+def attention_form(device_type: str, queries: int, keys: int, slow_bf16: bool, dropout: float) -> str:
     """How `attention` computes: "fused", torch's operator: always off the CPU; "plain" for short sequences; "blocked".
 
-    torch's fused operator of a CPU has no dropout (it would write all scores out), and its backward in bfloat16 takes
-    1.6 times as long as the blocked form's; in float32 without dropout it is the faster one, by a third.
+    torch's fused operator of a CPU has no dropout (it would write all scores out), and loses in bfloat16 where
+    `fused_is_slow`; in float32 without dropout it is the faster one, by a fifth to a third.
     """
     if device_type != "cpu" or not (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):
         return "fused"  # without its fused operators, where the caller's sdpa_kernel() says so: torch's plain one
     if queries * keys <= PLAIN_UP_TO:
         return "plain"
-    return "blocked" if dropout or bf16_training else "fused"
+    return "blocked" if dropout or slow_bf16 else "fused"
+
+
+def fused_is_slow(query: Tensor) -> bool:
+    """Whether torch's fused operator of a CPU loses against the blocked form in bfloat16: in training, as its backward
+    takes 1.6 times as long, and on processors without matrix units (AMX), where its forward takes twice as long."""
+    return query.dtype == torch.bfloat16 and (query.requires_grad or not MATRIX_UNITS)
 
 
 def attention(
@@ -38,8 +47,7 @@ def attention(
     query [B,H,T,K], key and value [B,H,U,K], one floating dtype; key_mask bool, broadcastable to [B,H,T,U], True
     where a key may be read (None: all); dropout: share of the weights that are dropped.
     """
-    bf16_training = query.dtype == torch.bfloat16 and query.requires_grad
-    form = attention_form(query.device.type, query.shape[-2], key.shape[-2], bf16_training, dropout)
+    form = attention_form(query.device.type, query.shape[-2], key.shape[-2], fused_is_slow(query), dropout)
     if form == "fused":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)
     if form == "blocked":

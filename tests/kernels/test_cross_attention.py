@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_cases import relative
 from meter_fast.kernels.cross_attention import reference
-from meter_fast.kernels.cross_attention.reference import attention, attention_form, attention_weights
+from meter_fast.kernels.cross_attention.reference import attention, attention_form, attention_weights, fused_is_slow
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -32,6 +32,20 @@ def test_which_form_is_used() -> None:
     assert attention_form("cuda", 1, 1, True, 0.1) == "fused"
     with sdpa_kernel(SDPBackend.MATH):  # whoever asks for torch's plain operator gets it
         assert attention_form("cpu", 325, 325, True, 0.1) == "fused"
+
+
+def test_when_fused_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training everywhere, else on processors without matrix units; never in float32."""
+    said = {}
+    for units in (False, True):
+        monkeypatch.setattr(reference, "MATRIX_UNITS", units)
+        for dtype in (torch.float32, torch.bfloat16):
+            for training in (False, True):
+                query = torch.zeros(1, dtype=dtype, requires_grad=training)
+                said[units, dtype == torch.bfloat16, training] = fused_is_slow(query)
+    assert {case for case, slow in said.items() if slow} == {
+        (False, True, False), (False, True, True), (True, True, True)
+    }  # fmt: skip
 
 
 def test_weights_by_hand() -> None:
