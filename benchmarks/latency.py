@@ -9,7 +9,9 @@ Plain is the model in torch's operators with texts padded to 50 tokens, nothing 
 computed (`benchmarks/plain.py`); the variants are what `meter_fast.load` gives, called as users call it: eager as it
 is, compiled with each block by torch.compile, for each case anew, cuda_graphs with these replayed. All begin at decoded
 pictures and texts as strings. Weights are random and made here. Before anything is timed, all must say the same.
-Rounds alternate, so that a slow spell of the machine meets all. On a busy machine look at the processor time.
+Each form is a process of its own, and rounds alternate, so that a slow spell of the machine meets all; on a CPU ours
+keep the memory that they free, as `meter-fast predict` does (`meter_fast/host_memory.py`), and plain does not. On a
+busy machine look at the processor time.
 
 p95 and p99 of n rounds are interpolated at places 0.95 (n - 1) and 0.99 (n - 1) of the calls, fastest first: with up to
 101 rounds p99 lies between the two slowest calls and says what the machine's worst moment was. To compare p99 take 500
@@ -25,8 +27,8 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.apart import Apart, Work, closing, rounds
 from benchmarks.plain import PLAIN, plain_caption, plain_scores, without_savings
 from benchmarks.record import append
 from benchmarks.step_cases import SPREAD
@@ -42,6 +45,7 @@ from meter_fast.data.answers import Answers
 from meter_fast.data.images import image_transform
 from meter_fast.data.spans import read_sentinels
 from meter_fast.data.tokenizer import train_tokenizer
+from meter_fast.host_memory import keep_freed_memory
 from meter_fast.models.meter import Meter
 from meter_fast.predict.encoded import MATCH, pad, place_of
 from meter_fast.predict.pictures import Picture
@@ -198,17 +202,17 @@ def numbers(task: str, said: object) -> Tensor:
 
 
 def check(task: str, sides: Sides, plain: Tensor, said: object, tolerance: float) -> float:
-    """The largest difference. Exits where it is beyond the tolerance, or captions differ."""
+    """The largest difference. Raises RuntimeError where it is beyond the tolerance, or captions differ."""
     if task == "caption":
         tokenizer = sides.tokenizer
         texts = [row[: row.index(end)] if (end := tokenizer.sep_token_id) in row else row for row in plain.tolist()]
         same = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts] == said
         if not same and tolerance == TOLERANCE["fp32"]:
-            raise SystemExit("caption: plain and fast write different texts")
+            raise RuntimeError("caption: plain and fast write different texts")
         return 0.0
     difference = (plain - numbers(task, said)).abs().max().item()
     if difference > tolerance * max(1.0, plain.abs().max().item()):
-        raise SystemExit(f"{task}: plain and fast differ by {difference:.2e}")
+        raise RuntimeError(f"{task}: plain and fast differ by {difference:.2e}")
     return difference
 
 
@@ -231,21 +235,65 @@ def spent(call: Callable[[], object]) -> Spent:
     return Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def measure(task: str, sides: Sides, asked: Requests, rounds: int, tolerance: float) -> dict[str, list[Spent]]:
-    """Each round and form; WARM ones before, in the first of which all are compared with plain, do not count."""
-    torch.compiler.reset()  # a graph for each case, of its own sizes
-    forms: dict[str, Callable[[], object]] = {PLAIN_VARIANT: lambda: ask_plain(task, sides, asked)}
-    for name, predictor in sides.fast.items():
-        forms[name] = partial(ask_fast, task, predictor, asked)
-    plain = forms[PLAIN_VARIANT]()
-    for name in sides.fast:
-        for _ in range(WARM):
-            check(task, sides, plain, forms[name](), tolerance)
-    found: dict[str, list[Spent]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            found[name].append(spent(form))
-    return found
+@dataclass(frozen=True)
+class Model:
+    """What is asked, and in which dtype, of TOLERANCE. writes: the one with a decoder."""
+
+    size: str
+    image_size: int | None
+    writes: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """texts: about each picture."""
+
+    task: str
+    tokens: int
+    texts: int
+    batch: int
+
+
+def make_form(form: str, model: Model, todo: Sequence[Case], count: int) -> Work:
+    """What one process does when told to: of each case first all that is not timed, WARM calls, compared with what
+    plain says, then `count` calls. Raises RuntimeError where they do not say the same."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain = form == PLAIN_VARIANT
+    variant = "eager" if plain else form
+    sides = make_sides(model.size, model.image_size, model.writes, DTYPES[model.dtype], device, (variant,))
+    if not plain and device == "cpu":
+        keep_freed_memory()
+
+    def calls() -> Iterator[Spent]:
+        for case in todo:
+            torch.compiler.reset()  # a graph for each case, of its own sizes
+            pixels = sides.plain.config.vision.image_size
+            asked = make_requests(case.task, case.batch, case.texts, case.tokens, pixels)
+            said_plainly = partial(ask_plain, case.task, sides, asked)
+            call = said_plainly if plain else partial(ask_fast, case.task, sides.fast[variant], asked)
+            expected = said_plainly()
+            for _ in range(0 if plain else WARM):
+                check(case.task, sides, expected, call(), TOLERANCE[model.dtype])
+            yield Spent(0.0, 0.0)
+            for _ in range(count):
+                yield spent(call)
+
+    call = calls()
+    return lambda: asdict(next(call))
+
+
+def measure(
+    model: Model, variants: Sequence[str], todo: Sequence[Case], count: int
+) -> Iterator[tuple[Case, dict[str, list[Spent]]]]:
+    """Case after case, `count` calls of plain and of each variant. Raises RuntimeError as `make_form` does."""
+    started: list[Apart] = []
+    with closing(started):
+        for form in (PLAIN_VARIANT, *variants):
+            started.append(Apart(make_form, form, model, todo, count))
+        forms = {form: [side] for form, side in zip((PLAIN_VARIANT, *variants), started, strict=True)}
+        for case in todo:
+            yield case, {form: [Spent(**one) for one in found] for form, found in rounds(forms, count).items()}
 
 
 def summed(times: Sequence[Spent], batch: int) -> dict[str, float]:
@@ -292,43 +340,43 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def cases(arguments: argparse.Namespace, task: str) -> list[tuple[int, int, int]]:
-    """Tokens, texts about each picture and batch of what is measured of a task. Texts of a caption are not read; those
-    of a ranking are all about one picture."""
+def cases(arguments: argparse.Namespace, task: str) -> list[Case]:
+    """What is measured of a task. Texts of a caption are not read; those of a ranking are all about one picture."""
     tokens = arguments.tokens if task != "caption" else [SHORTEST]
     texts = arguments.texts if task not in ("rank", "caption") else [1]
     chosen = itertools.product(tokens, texts, arguments.batch)
-    return [(length, each, batch) for length, each, batch in chosen if each <= batch]
+    return [Case(task, length, each, batch) for length, each, batch in chosen if each <= batch]
+
+
+def said(model: Model, case: Case) -> str:
+    """The case, in words."""
+    pixels = model.image_size or pretrain(model.size).model.vision.image_size
+    length = "" if case.task == "caption" else f" text {case.tokens}"
+    of = f", {case.texts} texts a picture" if case.texts > 1 else ""
+    return f"{model.size} {pixels}px {model.dtype} {case.task} batch {case.batch}{length}{of}"
 
 
 def main() -> None:
     arguments = parse()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     metrics = ("p50 ms", "p95 ms", "p99 ms", "cpu p50 ms", "requests/s", "plain / it", "cpu")
     print(f"{'':>14}" + "".join(f"{name:>12}" for name in metrics), flush=True)
-    for dtype, (writes, tasks) in itertools.product(
-        arguments.dtype, ((False, set(HEADS) - {"caption"}), (True, {"caption"}))
-    ):
-        chosen = [task for task in arguments.task if task in tasks]
-        if not chosen:
+    for dtype, writes in itertools.product(arguments.dtype, (False, True)):
+        todo = [case for task in arguments.task if (task == "caption") == writes for case in cases(arguments, task)]
+        if not todo:
             continue
-        sides = make_sides(arguments.size, arguments.image_size, writes, DTYPES[dtype], device, arguments.variant)
-        pixels = sides.plain.config.vision.image_size
-        for task in chosen:
-            for tokens, texts, batch in cases(arguments, task):
-                asked = make_requests(task, batch, texts, tokens, pixels)
-                times = measure(task, sides, asked, arguments.rounds, TOLERANCE[dtype])
-                of = f", {texts} texts a picture" if texts > 1 else ""
-                length = "" if task == "caption" else f" text {tokens}"
-                case = f"{arguments.size} {pixels}px {dtype} {task} batch {batch}{length}{of}"
-                found = {form: summed(some, batch) for form, some in times.items()}
+        model = Model(arguments.size, arguments.image_size, writes, dtype)
+        try:
+            for case, times in measure(model, arguments.variant, todo, arguments.rounds):
+                found = {form: summed(some, case.batch) for form, some in times.items()}
                 rows = [
-                    dict(case=case, variant=form, metric=metric, value=value, unit=UNITS.get(metric, "ms"))
+                    dict(case=said(model, case), variant=form, metric=metric, value=value, unit=UNITS.get(metric, "ms"))
                     for form, values in found.items()
                     for metric, value in values.items()
                 ]
                 path = append("latency", rows)  # at once: a run of hours may be stopped
-                show(case, found)
+                show(said(model, case), found)
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from error
     print(f"rows added to {path}")
 
 

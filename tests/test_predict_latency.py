@@ -13,11 +13,14 @@ from benchmarks.latency import (
     HEADS,
     PADDED,
     TOLERANCE,
+    Case,
+    Model,
     Spent,
     ask_fast,
     ask_plain,
     cases,
     check,
+    make_form,
     make_requests,
     make_sides,
     measure,
@@ -44,7 +47,7 @@ def test_plain_and_fast_say_the_same(models, task):
 def test_a_difference_ends_the_run(models):
     asked = make_requests("match", 3, 1, 13, 96)
     plain, fast = ask_plain("match", models[False], asked), ask_fast("match", models[False].fast["eager"], asked)
-    with pytest.raises(SystemExit, match="match: plain and fast differ by"):
+    with pytest.raises(RuntimeError, match="match: plain and fast differ by"):
         check("match", models[False], plain + 1e-2, fast, TOLERANCE["fp32"])
 
 
@@ -67,9 +70,22 @@ def test_variants_share_weights_and_only_some_are_compiled():
         assert plain is not own and torch.equal(plain, own)
 
 
-def test_every_form_is_timed_as_often_as_asked(models):
-    found = measure("answer", models[False], make_requests("answer", 2, 1, 8, 96), 3, TOLERANCE["fp32"])
-    assert {name: len(times) for name, times in found.items()} == {"plain": 3, "eager": 3}
+def test_every_form_is_timed_as_often_as_asked():
+    """Case after case, in processes of their own."""
+    todo = [Case("answer", 8, 1, 2), Case("match", 8, 1, 1)]
+    found = list(measure(Model("tiny", 96, False, "fp32"), ("eager",), todo, 3))
+    assert [case for case, _ in found] == todo
+    for _, times in found:
+        assert {name: len(some) for name, some in times.items()} == {"plain": 3, "eager": 3}
+        assert all(one.wall > 0 and one.cpu > 0 for some in times.values() for one in some)
+
+
+def test_a_process_that_says_something_else_ends_the_run(monkeypatch):
+    monkeypatch.setattr(latency, "keep_freed_memory", lambda: True)  # it would be of the whole test run
+    monkeypatch.setattr(latency, "ask_fast", lambda *_: [[("a", 0.1)] * 5])
+    work = make_form("eager", Model("tiny", 96, False, "fp32"), [Case("answer", 8, 1, 1)], 1)
+    with pytest.raises(RuntimeError, match="answer: plain and fast differ by"):
+        work()
 
 
 def test_percentiles_and_throughput():
@@ -79,8 +95,9 @@ def test_percentiles_and_throughput():
 
 def test_only_cases_that_differ_are_measured():
     arguments = argparse.Namespace(tokens=[8, 13], texts=[1, 5], batch=[1, 5])
-    assert cases(arguments, "answer") == [(8, 1, 1), (8, 1, 5), (8, 5, 5), (13, 1, 1), (13, 1, 5), (13, 5, 5)]
-    assert cases(arguments, "rank") == [(8, 1, 1), (8, 1, 5), (13, 1, 1), (13, 1, 5)]
+    expected = [(8, 1, 1), (8, 1, 5), (8, 5, 5), (13, 1, 1), (13, 1, 5), (13, 5, 5)]
+    assert cases(arguments, "answer") == [Case("answer", *case) for case in expected]
+    assert cases(arguments, "rank") == [Case("rank", *case) for case in ((8, 1, 1), (8, 1, 5), (13, 1, 1), (13, 1, 5))]
     assert len(cases(arguments, "caption")) == 2
 
 
