@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # mallopt(3)
+MXFAST, TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = 1, -1, -2, -4  # mallopt(3)
 MADV_HUGEPAGE = 14  # madvise(2)
 SPARE = 64 << 20  # bytes at the end of the heap: without them a few small blocks there make the next large one new
 ROOM = 7 / 8  # of the machine's memory: the system refuses a block of more than all of it
@@ -30,7 +30,9 @@ def keep_freed_memory() -> bool:
     if mallopt is None or trim is None:
         return False
     trim(0)  # what building has left free lies in pieces too small for what steps take
-    options = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: SPARE}
+    # Beside each tensor lie some bytes that aligning it has left. In fast bins they would go to small objects, which
+    # live on where the tensor was, so that its place could not be joined with its neighbours'.
+    options = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: SPARE, MXFAST: 0}
     if not all(mallopt(option, value) for option, value in options.items()):
         return False
     _take_huge_pages(library)
