@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from meter_fast.config import RunConfig, override
+from meter_fast.models import recomputed
 from meter_fast.recipes import resolve
 from meter_fast.training import banner
 from meter_fast.training.activations import Activations, LiveBytes, NotTraced, largest_batch, trace_activations
@@ -70,13 +72,18 @@ def saved_bytes(config: RunConfig) -> int:
     own += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def see(packed: object) -> object:
+        for tensor in tree_leaves(packed if not isinstance(packed, tuple) else packed[0].inputs):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+        return packed
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    def seen(pack: Callable, unpack: Callable) -> saved_tensors_hooks:
+        return saved_tensors_hooks(lambda tensor: see(pack(tensor)), unpack)
+
+    with pytest.MonkeyPatch.context() as patch, seen(lambda tensor: tensor, lambda tensor: tensor):
+        patch.setattr(recomputed, "saved_tensors_hooks", seen)  # the inner hooks alone see what is made again
         held = loss()
     assert held.requires_grad
     return sum(kept.values())
