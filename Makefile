@@ -59,7 +59,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_224 --dtype bf16 --batch 44
 	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_288 --dtype fp32 --batch 14
 	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_224 --dtype fp32 --batch 22
-	$(BIN)/python -m benchmarks.step_time $(APART) --case nlvr2_288 --dtype bf16 fp32 --batch 8
+	$(BIN)/python -m benchmarks.step_time $(APART) --case nlvr2_288 --dtype bf16 --batch 28
 	$(BIN)/python -m benchmarks.step_time $(APART) --case vqa_576 vqa_576_5 --batch 5
 	$(BIN)/python -m benchmarks.step_time --case retrieval_384 --size tiny --zero 0
 	$(BIN)/python -m benchmarks.kernels
