@@ -22,7 +22,7 @@ from benchmarks.step_cases import Plan, configuration, make_batch
 from meter_fast.config import RunConfig
 from meter_fast.data.batch import Batch
 from meter_fast.flops import count_flops
-from meter_fast.host_memory import join_freed_memory, keep_freed_memory
+from meter_fast.host_memory import keep_freed_memory
 from meter_fast.interop import original_name
 from meter_fast.objectives.joint import counts_of
 from meter_fast.training import world as worlds
@@ -49,8 +49,6 @@ def make_step(plan: Plan, variant: str, steps: int = 1) -> Work:
     world = worlds.start(600)
     before = largest_resident()
     plain = variant in PLAIN
-    if world.device.type == "cpu" and variant != PLAIN_VARIANT:
-        join_freed_memory()
     config = configuration(plan, plain, variant in ("compiled", "cuda_graphs"))
     torch.manual_seed(0)
     engine, batch = _engine(config, world, plain), published_or_ours(plan, config, plain)

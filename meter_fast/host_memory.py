@@ -12,19 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-MXFAST, TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = 1, -1, -2, -4  # mallopt(3)
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # mallopt(3)
 MADV_HUGEPAGE = 14  # madvise(2)
 SPARE = 64 << 20  # bytes at the end of the heap: without them a few small blocks there make the next large one new
 ROOM = 7 / 8  # of the machine's memory: the system refuses a block of more than all of it
-
-
-def join_freed_memory() -> bool:
-    """From now on small blocks that are freed join with what is free beside them. Beside each tensor lie some bytes
-    that aligning it has left. In glibc's fast bins they would go to small objects, which live on where the tensor was,
-    so that its place could not be joined with its neighbours'. Early is best: what is built before training stays.
-    Returns whether the C library knows how."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    return mallopt is not None and bool(mallopt(MXFAST, 0))
 
 
 def keep_freed_memory() -> bool:
@@ -40,7 +31,7 @@ def keep_freed_memory() -> bool:
         return False
     trim(0)  # what building has left free lies in pieces too small for what steps take
     options = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: SPARE}
-    if not join_freed_memory() or not all(mallopt(option, value) for option, value in options.items()):
+    if not all(mallopt(option, value) for option, value in options.items()):
         return False
     _take_huge_pages(library)
     return True

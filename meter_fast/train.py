@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from meter_fast.config import ConfigError, RunConfig
 from meter_fast.data.batch import Batch
-from meter_fast.host_memory import join_freed_memory, keep_freed_memory
+from meter_fast.host_memory import keep_freed_memory
 from meter_fast.recipes import resolve
 from meter_fast.score import glimpse
 from meter_fast.training import checkpoint, slurm, world
@@ -258,8 +258,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         expect_progress(config.run.hang_seconds)
         this = world.start(config.run.hang_seconds + LAST_RESORT)  # the watchdog, which knows more, speaks first
         peers = watched(config, this)
-        if this.device.type == "cpu":
-            join_freed_memory()
         run = prepare(config, this)
         run.stop.listen()
         if run.world.device.type == "cpu":

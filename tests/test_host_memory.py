@@ -78,30 +78,3 @@ def test_what_is_kept_lies_in_huge_pages() -> None:
 
 def test_a_system_that_grants_no_room_is_none_the_worse() -> None:
     assert huge_pages(limit=True) < 200 << 20
-
-
-SMALL = """
-import ctypes
-from meter_fast.host_memory import join_freed_memory
-class Told(ctypes.Structure):
-    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
-library = ctypes.CDLL(None)
-library.malloc.restype, library.free.argtypes, library.mallinfo2.restype = ctypes.c_void_p, [ctypes.c_void_p], Told
-if {join}:
-    assert join_freed_memory()
-for block in [library.malloc(48) for _ in range(100)]:
-    library.free(block)
-print(library.mallinfo2().smblks)
-"""
-
-
-def fast_bins(join: bool) -> int:
-    """How many of a hundred small blocks, each given back, do not join with what is free beside them."""
-    done = subprocess.run([sys.executable, "-c", SMALL.format(join=join)], capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-def test_small_free_blocks_join_their_neighbours() -> None:
-    assert fast_bins(join=False) > 50
-    assert fast_bins(join=True) < 50
