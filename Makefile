@@ -52,8 +52,10 @@ test-faults: $(INSTALLED)
 test-multinode: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multinode tests/training
 
-# The largest batches of which 24 GB hold the plain form: one side at a time, by itself.
+# The largest batches of which 24 GB hold the plain form: one side at a time, by itself. What is exported is for both
+# sides, see meter_fast/host_memory.py.
 APART := --zero 0 --one-at-a-time --rounds 1
+bench: export GLIBC_TUNABLES := glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_288 --dtype bf16 --batch 28
 	$(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_224 --dtype bf16 --batch 44

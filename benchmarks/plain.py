@@ -14,14 +14,16 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meter_fast.data.batch import Batch, PretrainBatch, RankedTexts, StatementBatch, VqaBatch
+from meter_fast.models.activated_linear import QUICK_GELU, ActivatedLinear
 from meter_fast.models.blocks import ResidualNorm
 from meter_fast.models.config import PLAIN_KERNELS
 from meter_fast.models.meter import Meter
-from meter_fast.models.vision import QuickGELU
+from meter_fast.models.vision_block import Block
 from meter_fast.objectives.joint import counts_of
 from meter_fast.objectives.losses import Losses
 from meter_fast.objectives.vqa import answer_scores
@@ -57,8 +59,10 @@ def without_savings(model: Meter) -> Meter:
     for module in model.modules():
         if isinstance(module, ResidualNorm):
             module.forward = partial(_residual_norm, module)
-        elif isinstance(module, QuickGELU):
-            module.forward = _quick_gelu
+        elif isinstance(module, Block):
+            module.forward = partial(TimmBlock.forward, module)
+        elif isinstance(module, ActivatedLinear) and module.activation is QUICK_GELU:
+            module.activation = _quick_gelu
     model.keep_activations()
     return model
 

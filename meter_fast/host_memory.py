@@ -5,17 +5,31 @@ By default glibc returns every block above 32 MB to the system at once, and the 
 allocates such blocks by the hundred, and the system has to clear the same pages each time: 6 % of a plain pre-training
 step on an idle machine (2 cores, base, 288 px, 8 pairs in bf16), a third where other programs want the cores, too. What
 is kept can lie in pages of 2 MB, which a processor finds faster than 512 small ones: 11 % of a step (`docs/log.md`).
+
+Before 2.38 glibc cuts an aligned block out of a larger one and keeps what is left beside it for small objects, so a
+freed block cannot be given to another one of the same size: 8 % of a step's memory. Without the two caches where such
+pieces wait they join the block again; that has to be told before a process starts, in its environment (TUNABLES).
 """
 
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+TUNABLES = "GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+JOINS_ALIGNED_BLOCKS = (2, 38)  # of glibc
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # mallopt(3)
 MADV_HUGEPAGE = 14  # madvise(2)
 SPARE = 64 << 20  # bytes at the end of the heap: without them a few small blocks there make the next large one new
 ROOM = 7 / 8  # of the machine's memory: the system refuses a block of more than all of it
+
+
+def splits_aligned_blocks(library: tuple[str, str], environment: Mapping[str, str]) -> bool:
+    """Whether a program's freed blocks stay in pieces. library: `platform.libc_ver()`, name and version."""
+    name, version = library
+    told = all(setting in environment.get("GLIBC_TUNABLES", "") for setting in TUNABLES.split("=", 1)[1].split(":"))
+    return name == "glibc" and not told and tuple(map(int, version.split("."))) < JOINS_ALIGNED_BLOCKS
 
 
 def keep_freed_memory() -> bool:

@@ -10,6 +10,7 @@ from meter_fast.kernels.cross_attention.reference import attention_weights
 from meter_fast.kernels.dropout import dropout as drop
 from meter_fast.kernels.gelu.op import bias_gelu
 from meter_fast.kernels.residual_norm.op import residual_norm
+from meter_fast.models.activated_linear import GELU, Activation, activated_linear
 from meter_fast.models.config import FusionConfig, KernelsConfig
 from meter_fast.models.heads import LAYER_NORM_EPS
 from meter_fast.models.recomputed import RecomputedNorm, recomputable
@@ -27,15 +28,24 @@ class PackedLinear(nn.Linear):
 
 
 class Projection(nn.Linear):
-    """A linear layer that can leave its bias to the kernel that follows."""
+    """A linear layer, of an activation if one is given, that can leave its bias to the kernel that follows."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: str) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: str, activation: Activation | None = None) -> None:
         super().__init__(inputs, outputs)
-        self.apart = kernel == "triton"
+        self.apart, self.activation = kernel == "triton", activation
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [..., D] -> (W x, bias), or (W x + bias, None)."""
-        return (F.linear(x, self.weight), self.bias) if self.apart else (super().forward(x), None)
+        """x [..., D] -> (W act(x), bias), or (W act(x) + bias, None)."""
+        added, left = (None, self.bias) if self.apart else (self.bias, None)
+        if self.activation is None:
+            return F.linear(x, self.weight, added), left
+        return activated_linear(x, self.weight, added, self.activation), left
+
+
+def add_residual(x: Tensor, residual: Tensor) -> Tensor:
+    """residual + x, both [..., D], in the place of x, which nobody else may read; under autocast, where the residual
+    may be the wider one, in a place of its own."""
+    return x.add_(residual) if x.dtype == residual.dtype else residual + x
 
 
 class ResidualNorm(RecomputedNorm):
@@ -52,8 +62,8 @@ class ResidualNorm(RecomputedNorm):
             dropout = self.dropout if self.training else 0.0
             return residual_norm(x, bias, residual, self.weight, self.bias, self.eps, dropout)
         x = x if bias is None else x + bias
-        x = drop(x, self.dropout) if self.training and self.dropout else x
-        return super().forward(residual + x)
+        dropped = drop(x, self.dropout) if self.training and self.dropout else x
+        return super().forward(residual + x if dropped is x else add_residual(dropped, residual))
 
 
 class SelfAttention(nn.Module):
@@ -92,13 +102,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: FusionConfig, kernels: KernelsConfig) -> None:
         super().__init__()
         self.up = Projection(config.width, 4 * config.width, kernels.gelu)
-        self.down = Projection(4 * config.width, config.width, kernels.residual_norm)
+        activation = None if self.up.apart else GELU
+        self.down = Projection(4 * config.width, config.width, kernels.residual_norm, activation)
         self.norm = ResidualNorm(config, kernels.residual_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         up, bias = self.up(x)
-        if bias is None:
-            hidden = recomputable(F.gelu(up), F.gelu, up)
-        else:
-            hidden = recomputable(bias_gelu(up, bias), bias_gelu, up, bias)
-        return self.norm(*self.down(hidden), x)
+        if bias is not None:
+            up = recomputable(bias_gelu(up, bias), bias_gelu, up, bias)
+        return self.norm(*self.down(up), x)

@@ -1,4 +1,4 @@
-"""What backward computes again instead of keeping it: activations between two linear layers, and normalised tokens.
+"""What backward computes again instead of keeping it: normalised tokens, and activations between two linear layers.
 
 A linear layer keeps its input for the gradient of its weight. Where that input is an activation or a LayerNorm of
 another tensor, which is kept anyway, one pass over the memory gives it back, so only the other one is kept. The numbers
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -73,15 +72,20 @@ def _unpack(packed: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
         return recipe.function(*recipe.inputs).view(shape)
 
 
+def recomputes(x: Tensor) -> bool:
+    """Whether what is made of x is to be made again in backward. Not under autocast, where backward would compute in
+    another dtype."""
+    return not torch.compiler.is_compiling() and _open.recipes is not None and x.requires_grad and not autocasts(x)
+
+
 def recomputable(out: Tensor, function: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
     """`out`, which function(x, *parameters) gives again: elementwise or a norm, without random numbers, of a tensor
     that autograd keeps anyway. parameters: small ones, which are copied, as they may be elsewhere in backward (ZeRO-3).
-    Under autocast it is kept: backward would compute in another dtype."""
-    recipes = None if torch.compiler.is_compiling() else _open.recipes
-    if recipes is not None and out.requires_grad and out.is_contiguous() and not autocasts(out):
+    """
+    if recomputes(out) and out.is_contiguous():
         storage = out.untyped_storage()
         copies = tuple(None if p is None else p.detach().clone() for p in parameters)
-        recipes[storage._cdata] = _Recipe(StorageWeakRef(storage), out.numel(), function, (x.detach(), *copies))
+        _open.recipes[storage._cdata] = _Recipe(StorageWeakRef(storage), out.numel(), function, (x.detach(), *copies))
     return out
 
 
@@ -94,13 +98,3 @@ class RecomputedNorm(nn.LayerNorm):
 
     def _again(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-class RecomputedMlp(Mlp):
-    """timm's, of a vision encoder's block, without a norm in its middle."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        up = self.fc1(x)
-        hidden = recomputable(self.act(up), self.act, up)
-        return self.drop2(self.fc2(self.drop1(hidden)))

@@ -5,45 +5,15 @@ Source: Radford et al. 2021 (CLIP), section 2.4; METER keeps every token after t
 block.
 """
 
-from functools import partial
-
-import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from meter_fast.models.attention_layer import SelfAttention
+from meter_fast.models.activated_linear import QUICK_GELU
 from meter_fast.models.config import VisionConfig
-from meter_fast.models.recomputed import RecomputedMlp, RecomputedNorm
+from meter_fast.models.vision_block import parts_of_vit
 from meter_fast.models.vision_encoders import build_timm_encoder
 
 LAYER_NORM_EPS = 1e-5
-
-
-class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), of which backward keeps x alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _QuickGelu.apply(x)
-
-
-class _QuickGelu(torch.autograd.Function):
-    """Written as silu(1.702 x) / 1.702, for which torch has one kernel in each direction."""
-
-    SLOPE = 1.702
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return F.silu(x * _QuickGelu.SLOPE).mul_(1 / _QuickGelu.SLOPE)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, x * _QuickGelu.SLOPE)
 
 
 def build_clip_vit(config: VisionConfig) -> VisionTransformer:
@@ -60,11 +30,8 @@ def build_clip_vit(config: VisionConfig) -> VisionTransformer:
         depth=config.layers,
         num_heads=config.heads,
         pre_norm=True,
-        norm_layer=partial(RecomputedNorm, eps=LAYER_NORM_EPS),
-        act_layer=QuickGELU,
         drop_path_rate=config.drop_path,
-        attn_layer=SelfAttention,
-        mlp_layer=RecomputedMlp,
+        **parts_of_vit(QUICK_GELU, LAYER_NORM_EPS),
     )
     nn.init.normal_(vision.pos_embed, std=config.position_std)
     return vision

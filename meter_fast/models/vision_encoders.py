@@ -4,8 +4,6 @@ Each gives [B,V,D]: every token after the last norm, class tokens first, neither
 and patches, nothing of text or files. Weights are random. Source: METER, section 4.1 and tables 1 to 3; papers below.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
@@ -16,17 +14,14 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.volo import VOLO
 from torch import Tensor, nn
 
-from meter_fast.models.attention_layer import BeitAttention, SelfAttention, WindowAttention
+from meter_fast.models.activated_linear import GELU
+from meter_fast.models.attention_layer import BeitAttention, WindowAttention
 from meter_fast.models.config import VisionConfig
-from meter_fast.models.recomputed import RecomputedMlp, RecomputedNorm
+from meter_fast.models.vision_block import parts_of_vit
 
 STAGES = 4
 OUTLOOK_HEAD_WIDTH = 32
-VIT_PARTS = {
-    "attn_layer": SelfAttention,
-    "mlp_layer": RecomputedMlp,
-    "norm_layer": partial(RecomputedNorm, eps=1e-6),
-}
+LAYER_NORM_EPS = 1e-6  # of ViT and DeiT
 
 
 class TimmEncoder(nn.Module):
@@ -75,12 +70,12 @@ class FixedBatchNorm(nn.Module):
 
 def build_vit(config: VisionConfig) -> VisionTransformer:
     """ViT and DeiT (Dosovitskiy et al. 2021; Touvron et al. 2021): pre-norm, GELU, LayerNorm eps 1e-6."""
-    return VisionTransformer(global_pool="", **_common(config), **VIT_PARTS)
+    return VisionTransformer(global_pool="", **_common(config), **parts_of_vit(GELU, LAYER_NORM_EPS))
 
 
 def build_deit_distilled(config: VisionConfig) -> DistilledTransformer:
     """DeiT with a distillation token after the class token (Touvron et al. 2021, section 4)."""
-    return DistilledTransformer(**_common(config), **VIT_PARTS)
+    return DistilledTransformer(**_common(config), **parts_of_vit(GELU, LAYER_NORM_EPS))
 
 
 def build_cait(config: VisionConfig) -> Cait:

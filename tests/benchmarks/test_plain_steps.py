@@ -129,6 +129,17 @@ def test_activations_are_kept() -> None:
     assert _wide_bytes(without_savings(Meter(config, kernels=PLAIN))) == {"vision": 3 * row, "fusion": 2 * row}
 
 
+def test_no_sum_is_written_over_its_summand() -> None:
+    """In a picture's block, as published."""
+    config = configuration(Plan(CASES["pretrain_224"], "tiny", batch=2, dtype="fp32")).model
+    block = without_savings(Meter(config, kernels=PLAIN)).vision.blocks[0]
+    summands = []
+    for summand in (block.attn, block.mlp):
+        summand.register_forward_hook(lambda _module, _inputs, out: summands.append((out, out.clone())))
+    block(torch.randn(2, 5, config.vision.width))
+    assert len(summands) == 2 and all(torch.equal(out, copy) for out, copy in summands)
+
+
 def _wide_bytes(model: Meter) -> dict[str, int]:
     """Bytes of tensors of 5 tokens, 4 D wide, that torch itself keeps for backward of one feed-forward network."""
     networks = {"vision": model.vision.blocks[0].mlp, "fusion": model.fusion.layers[0].image.feed_forward}

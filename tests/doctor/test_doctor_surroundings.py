@@ -91,6 +91,24 @@ def test_a_memory_limit_is_a_remark(tmp_path, monkeypatch):
     assert one.level == "remark" and one.value.startswith("1 GiB of ")
 
 
+def test_heap(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "_gpu_files", list)
+    monkeypatch.setattr(limits.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    one = found(limits.heap, asked(tmp_path))["heap"]
+    assert one.level == "remark" and one.value.startswith("glibc 2.36") and one.remedy.startswith("export GLIBC_TUNA")
+    monkeypatch.setenv(*one.remedy.removeprefix("export ").split("=", 1))
+    assert found(limits.heap, asked(tmp_path))["heap"].level == "fine"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    assert found(limits.heap, asked(tmp_path))["heap"].level == "remark"
+    for other in (("glibc", "2.38"), ("glibc", "3.0"), ("", "")):
+        monkeypatch.setattr(limits.platform, "libc_ver", lambda other=other: other)
+        assert found(limits.heap, asked(tmp_path))["heap"].level == "fine"
+    monkeypatch.setattr(limits.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(limits, "_gpu_files", lambda: ["nvidia0"])
+    assert found(limits.heap, asked(tmp_path))["heap"].level == "fine"
+
+
 def test_cores_and_threads(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     many = found(limits.cores, asked(tmp_path, slots=1000))
