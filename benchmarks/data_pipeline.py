@@ -5,9 +5,10 @@ and DALI, in one run, on the same JPEGs.
 
 Published is METER's clip transform (`benchmarks/published_pictures.py`); torchvision is our CPU path; pillow is our
 path for the pictures that torchvision does not decode; dali decodes on the CPU or, where there is one, on the GPU.
-Before anything is timed, all must give the published pixels, within TOLERANCE. Rounds alternate, and the ratio is of
-the same round. "Per core" are processor seconds of all threads, which a busy machine changes less than the clock; the
-split is of processor time, too.
+Before anything is timed, all must give the published pixels, within TOLERANCE. Each is measured in a process of its
+own, as what others leave in the heap costs up to a quarter; rounds alternate, and the ratio is of the same round. "Per
+core" are processor seconds of all threads, which a busy machine changes less than the clock; the split is of processor
+time, too.
 
 Then each task's real loader is asked how many pictures it decodes per sample, and pre-training's feeds a model that
 takes --rate samples a second, once with scenes at 96 px as the tiny model reads them (it takes about 250 a second on
@@ -21,7 +22,8 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import data_loading, published_pictures
+from benchmarks.apart import Apart, Work, closing, rounds
 from benchmarks.latency import Spent, spent
 from benchmarks.photographs import photographs, shrunk, write_captions
 from benchmarks.record import append
@@ -142,17 +145,44 @@ def check(forms: dict[str, Form], transform: ImageTransform, augmented: bool) ->
     return found
 
 
-def measure(forms: dict[str, Form], rounds: int) -> dict[str, dict[str, list[Spent]]]:
-    """Form -> step, or "whole" -> each round; a first one does not count."""
-    calls = {(name, step): call for name, form in forms.items() for step, call in form.steps.items()}
-    calls |= {(name, "whole"): form.whole for name, form in forms.items()}
-    found: dict[str, dict[str, list[Spent]]] = {name: {} for name in forms}
-    for turn in range(rounds + 1):
-        for (name, step), call in calls.items():
-            took = spent(call)
-            if turn:
-                found[name].setdefault(step, []).append(took)
-    return found
+def make_forms(encoded: Sequence[np.ndarray], size: int, operations: Operations) -> dict[str, Callable[[], Form]]:
+    """What makes each form, by name."""
+    transform = image_transform("clip", size)
+    makers: dict[str, Callable[[], Form]] = {"published": partial(published, encoded, size, operations)}
+    return makers | {
+        form.__name__: partial(form, encoded, transform, operations) for form in (pillow, torchvision, dali)
+    }
+
+
+def make_form(name: str, encoded: Sequence[np.ndarray], size: int, operations: Operations) -> Work:
+    """One of them, in a process of its own: carried out whole and in steps."""
+    torch.set_num_threads(1)
+    form = make_forms(encoded, size, operations)[name]()
+    calls = form.steps | {"whole": form.whole}
+
+    def work() -> dict[str, float]:
+        taken = {step: spent(call) for step, call in calls.items()}
+        return {f"{step} {part}": seconds for step, one in taken.items() for part, seconds in asdict(one).items()}
+
+    return work
+
+
+def measure(
+    encoded: Sequence[np.ndarray], size: int, operations: Operations, count: int
+) -> dict[str, dict[str, list[Spent]]]:
+    """Form -> step, or "whole" -> each of `count` rounds. Raises RuntimeError where a form fails."""
+    sides: dict[str, Sequence[Apart]] = {}
+    with closing(started := []):
+        for name in make_forms(encoded, size, operations):
+            started.append(Apart(make_form, name, encoded, size, operations))
+            sides[name] = started[-1:]
+        found = rounds(sides, count)
+    return {name: _by_step(results) for name, results in found.items()}
+
+
+def _by_step(results: Sequence[dict[str, float]]) -> dict[str, list[Spent]]:
+    steps = dict.fromkeys(key.split()[0] for key in results[0])
+    return {step: [Spent(one[f"{step} wall"], one[f"{step} cpu"]) for one in results] for step in steps}
 
 
 def ratio(plain: list[Spent], fast: list[Spent]) -> float:
@@ -177,19 +207,18 @@ def prepared(arguments: argparse.Namespace, encoded: Sequence[np.ndarray], case:
     if arguments.augment != "none":
         chance = RandAugment(arguments.augment, 0, 1)
         drawn = [chance.operations(number, number) for number in range(len(encoded))]
-    made = {"published": published(encoded, arguments.size, drawn)}
-    made |= {form.__name__: form(encoded, transform, drawn) for form in (pillow, torchvision, dali)}
+    made = {name: make() for name, make in make_forms(encoded, arguments.size, drawn).items()}
     differences = check(made, transform, drawn is not None)
-    rounds = measure(made, arguments.rounds)
-    times = {name: milliseconds(some, len(encoded)) for name, some in rounds.items()}
+    found = measure(encoded, arguments.size, drawn, arguments.rounds)
+    times = {name: milliseconds(some, len(encoded)) for name, some in found.items()}
     print(f"{case}\n{'':12}{'images/s core':>14}{'images/s':>10}" + "".join(f"{step:>11}" for step in STEPS)
           + f"{'ratio':>9}  differs by (levels)")  # fmt: skip
     rows = []
-    for name, found in times.items():
-        faster = ratio(rounds["published"]["whole"], rounds[name]["whole"])
-        speeds = {"images_per_core_second": 1e3 / found["whole"], "images_per_second": 1e3 / found["clock"]}
+    for name, took in times.items():
+        faster = ratio(found["published"]["whole"], found[name]["whole"])
+        speeds = {"images_per_core_second": 1e3 / took["whole"], "images_per_second": 1e3 / took["clock"]}
         rows += [dict(case=case, variant=name, metric=m, value=v, unit="1/s") for m, v in speeds.items()]
-        split = {step: found[step] for step in STEPS if step in found and (drawn or step != "augment")}
+        split = {step: took[step] for step in STEPS if step in took and (drawn or step != "augment")}
         rows += [dict(case=case, variant=name, metric=f"cpu_{s}", value=v, unit="ms") for s, v in split.items()]
         shown = "".join(f"{split[step]:>8.2f} ms" if step in split else f"{'':>11}" for step in STEPS)
         most, mean = differences.get(name, (0, 0.0))

@@ -15,12 +15,10 @@ from benchmarks.data_pipeline import (
     Stored,
     advise,
     check,
-    dali,
+    make_forms,
+    measure,
     milliseconds,
-    pillow,
-    published,
     ratio,
-    torchvision,
 )
 from benchmarks.latency import Spent
 from benchmarks.photographs import photographs, shrunk, write_captions
@@ -60,8 +58,22 @@ def forms(pictures: list[np.ndarray], augmentation: str) -> dict[str, Form]:
     if augmentation != "none":
         chance = RandAugment(augmentation, 0, 1)
         drawn = [chance.operations(number, number) for number in range(len(pictures))]
-    made = {form.__name__: form(pictures, TRANSFORM, drawn) for form in (pillow, torchvision, dali)}
-    return {"published": published(pictures, SIZE, drawn), **made}
+    return {name: make() for name, make in make_forms(pictures, SIZE, drawn).items()}
+
+
+def test_each_form_and_step_is_measured(pictures: list[np.ndarray]) -> None:
+    found = measure(pictures, SIZE, None, 2)
+    steps = {name: set(some) - {"whole", "unaugmented"} for name, some in found.items()}
+    all_of_them = {"decode", "resize", "augment", "normalise"}
+    assert steps == {
+        "published": all_of_them,
+        "pillow": set(),
+        "torchvision": all_of_them,
+        "dali": {"decode", "normalise"},
+    }
+    for some in found.values():
+        assert all(len(times) == 2 and min(one.wall for one in times) > 0 for times in some.values())
+        assert len(some["whole"]) == 2
 
 
 def test_the_plain_side_is_the_published_transform() -> None:
