@@ -62,6 +62,7 @@ bench: $(INSTALLED)
 	$(HEAP) $(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_288 --dtype fp32 --batch 14
 	$(HEAP) $(BIN)/python -m benchmarks.step_time $(APART) --case pretrain_224 --dtype fp32 --batch 22
 	$(HEAP) $(BIN)/python -m benchmarks.step_time $(APART) --case nlvr2_288 --dtype bf16 --batch 28
+	$(HEAP) $(BIN)/python -m benchmarks.step_time $(APART) --case nlvr2_288 --dtype fp32 --batch 14
 	$(HEAP) $(BIN)/python -m benchmarks.step_time $(APART) --case vqa_576 vqa_576_5 --batch 5
 	$(BIN)/python -m benchmarks.step_time --case retrieval_384 --size tiny --zero 0
 	$(BIN)/python -m benchmarks.kernels
