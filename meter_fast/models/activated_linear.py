@@ -1,6 +1,6 @@
 """A linear layer of an activation, act(x) Wᵀ + b, of which backward keeps x alone: the end of a feed-forward network.
 
-act(x) and its gradient are the widest tensors of a model. On a CPU none of the two is ever whole: rows go through
+act(x) and its gradient are the widest tensors of a model. On a CPU neither of the two is ever whole: rows go through
 activation and product block by block, in backward, too; the gradient of the weight, a sum over all rows, is made column
 by column block. Each number is the same dot product as without blocks. Knows tensors and linear layers, no models.
 
