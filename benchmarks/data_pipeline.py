@@ -171,12 +171,11 @@ def measure(
     encoded: Sequence[np.ndarray], size: int, operations: Operations, count: int
 ) -> dict[str, dict[str, list[Spent]]]:
     """Form -> step, or "whole" -> each of `count` rounds. Raises RuntimeError where a form fails."""
-    sides: dict[str, Sequence[Apart]] = {}
-    with closing(started := []):
-        for name in make_forms(encoded, size, operations):
+    names, started = list(make_forms(encoded, size, operations)), []
+    with closing(started):
+        for name in names:
             started.append(Apart(make_form, name, encoded, size, operations))
-            sides[name] = started[-1:]
-        found = rounds(sides, count)
+        found = rounds({name: [side] for name, side in zip(names, started, strict=True)}, count)
     return {name: _by_step(results) for name, results in found.items()}
 
 

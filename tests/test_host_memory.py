@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from meter_fast.host_memory import TUNABLES
+
 PROGRAM = """
 import resource, torch
 from meter_fast.host_memory import keep_freed_memory
@@ -78,3 +80,8 @@ def test_what_is_kept_lies_in_huge_pages() -> None:
 
 def test_a_system_that_grants_no_room_is_none_the_worse() -> None:
     assert huge_pages(limit=True) < 200 << 20
+
+
+def test_benchmarks_set_what_the_doctor_recommends() -> None:
+    makefile = Path(__file__).parents[1] / "Makefile"
+    assert f"HEAP := {TUNABLES}\n" in makefile.read_text()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from meter_fast.models.recomputed import recomputes
+from meter_fast.kernels.launch import autocasts
 
 ROWS = 2048  # of a block on a CPU: 512 to 4096 take the same time
 COLUMN_BLOCKS = 4
@@ -64,17 +64,6 @@ GELU = Activation(F.gelu, _gelu_gradient)
 QUICK_GELU = Activation(_QuickGelu.apply, _quick_gelu_gradient)
 
 
-def activated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """act(x) Wᵀ + b: x [..., I], weight [O,I], bias [O] -> [..., O], all of one dtype.
-
-    Where backward `recomputes`, it keeps x alone; elsewhere act(x), too.
-    """
-    if not recomputes(x):
-        return F.linear(activation(x), weight, bias)
-    out = _ActivatedLinear.apply(x.flatten(0, -2), weight, bias, activation)
-    return out.view(*x.shape[:-1], len(weight))
-
-
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
@@ -116,12 +105,26 @@ def _blocks(count: int, size: int, x: Tensor) -> Iterator[slice]:
 
 
 class ActivatedLinear(nn.Linear):
-    """`activated_linear` as a layer."""
+    """act(x) Wᵀ + b as a layer; without an activation a linear layer.
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, activation: Activation) -> None:
+    Backward keeps x alone, unless `keep` is set, under autocast, where it would compute in another dtype, and where a
+    compiler decides what is kept. Within a checkpoint it does the same, so that a run with it gives the same bits.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, activation: Activation | None) -> None:
         super().__init__(inputs, outputs, bias)
-        self.activation = activation
+        self.activation, self.keep = activation, False
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I], before the activation -> [..., O]."""
-        return activated_linear(x, self.weight, self.bias, self.activation)
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with another bias, or none."""
+        if self.activation is None:
+            return F.linear(x, self.weight, bias)
+        again = torch.is_grad_enabled() and x.requires_grad and not self.keep
+        if not again or torch.compiler.is_compiling() or autocasts(x):
+            return F.linear(self.activation(x), self.weight, bias)
+        out = _ActivatedLinear.apply(x.flatten(0, -2), self.weight, bias, self.activation)
+        return out.view(*x.shape[:-1], len(self.weight))

@@ -10,7 +10,7 @@ from meter_fast.kernels.cross_attention.reference import attention_weights
 from meter_fast.kernels.dropout import dropout as drop
 from meter_fast.kernels.gelu.op import bias_gelu
 from meter_fast.kernels.residual_norm.op import residual_norm
-from meter_fast.models.activated_linear import GELU, Activation, activated_linear
+from meter_fast.models.activated_linear import GELU, ActivatedLinear, Activation
 from meter_fast.models.config import FusionConfig, KernelsConfig
 from meter_fast.models.heads import LAYER_NORM_EPS
 from meter_fast.models.recomputed import RecomputedNorm, recomputable
@@ -27,19 +27,17 @@ class PackedLinear(nn.Linear):
         return F.linear(x, self.weight[begin:end], self.bias[begin:end])
 
 
-class Projection(nn.Linear):
+class Projection(ActivatedLinear):
     """A linear layer, of an activation if one is given, that can leave its bias to the kernel that follows."""
 
     def __init__(self, inputs: int, outputs: int, kernel: str, activation: Activation | None = None) -> None:
-        super().__init__(inputs, outputs)
-        self.apart, self.activation = kernel == "triton", activation
+        super().__init__(inputs, outputs, True, activation)
+        self.apart = kernel == "triton"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [..., D] -> (W act(x), bias), or (W act(x) + bias, None)."""
         added, left = (None, self.bias) if self.apart else (self.bias, None)
-        if self.activation is None:
-            return F.linear(x, self.weight, added), left
-        return activated_linear(x, self.weight, added, self.activation), left
+        return self.product(x, added), left
 
 
 def add_residual(x: Tensor, residual: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meter_fast.kernels.cross_attention.reference import attention_form
+from meter_fast.models.activated_linear import ActivatedLinear
 from meter_fast.models.co_attention import CoAttention
 from meter_fast.models.config import PARTS, KernelsConfig, ModelConfig
 from meter_fast.models.decoder import TextDecoder
@@ -195,8 +196,11 @@ class Meter(nn.Module):
         self._recomputed = frozenset(part for part, again in chosen.items() if not again)
 
     def keep_activations(self) -> None:
-        """Nothing is `recomputable` any more: for blocks that a compiler changes."""
+        """Nothing is computed again any more: for blocks that a compiler changes."""
         self._recomputed = frozenset()
+        for module in self.modules():
+            if isinstance(module, ActivatedLinear):
+                module.keep = True
 
     def attention_backends(self, device_type: str, bf16: bool, text_length: int = 50) -> dict[str, str]:
         """Which form of attention each part trains with on a device ("cpu", "cuda"): "fused" (torch's), "blocked" or

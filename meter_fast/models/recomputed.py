@@ -72,20 +72,15 @@ def _unpack(packed: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
         return recipe.function(*recipe.inputs).view(shape)
 
 
-def recomputes(x: Tensor) -> bool:
-    """Whether what is made of x is to be made again in backward. Not under autocast, where backward would compute in
-    another dtype."""
-    return not torch.compiler.is_compiling() and _open.recipes is not None and x.requires_grad and not autocasts(x)
-
-
 def recomputable(out: Tensor, function: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
     """`out`, which function(x, *parameters) gives again: elementwise or a norm, without random numbers, of a tensor
     that autograd keeps anyway. parameters: small ones, which are copied, as they may be elsewhere in backward (ZeRO-3).
-    """
-    if recomputes(out) and out.is_contiguous():
+    Under autocast it is kept: backward would compute in another dtype."""
+    recipes = None if torch.compiler.is_compiling() else _open.recipes
+    if recipes is not None and out.requires_grad and out.is_contiguous() and not autocasts(out):
         storage = out.untyped_storage()
         copies = tuple(None if p is None else p.detach().clone() for p in parameters)
-        _open.recipes[storage._cdata] = _Recipe(StorageWeakRef(storage), out.numel(), function, (x.detach(), *copies))
+        recipes[storage._cdata] = _Recipe(StorageWeakRef(storage), out.numel(), function, (x.detach(), *copies))
     return out
 
 

@@ -31,5 +31,7 @@ def test_only_what_dropout_made_is_written_over(dropout: float, training: bool, 
         expected = F.layer_norm(residual + dropped, (CONFIG.width,), norm.weight, norm.bias, norm.eps)
     assert torch.equal(x, given)
     assert torch.equal(found, expected)
-    for ours, plain in zip(*(torch.autograd.grad(y.sin().sum(), (x, norm.weight)) for y in (found, expected))):
+    for ours, plain in zip(
+        *(torch.autograd.grad(y.sin().sum(), (x, norm.weight)) for y in (found, expected)), strict=True
+    ):
         assert torch.equal(ours, plain)
